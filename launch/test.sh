@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Checks the project, after bringing the environment up to date.
+#
+#   launch/test.sh                         style, types, every test
+#   launch/test.sh tests/config -k nearest only these tests: what you give goes to pytest as it is
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$root"
+
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+    usage
+    exit 0
+fi
+launch/setup.sh
+if (($#)); then
+    exec .venv/bin/python -m pytest "$@"
+fi
+
+# Every check runs, whatever the one before it found; pytest last, so that its summary closes the output.
+failed=()
+check() {
+    local name="$1"
+    shift
+    say "$name"
+    "$@" || failed+=("$name")
+}
+check "style (ruff check)" .venv/bin/ruff check .
+check "format (ruff format)" .venv/bin/ruff format --check --quiet .
+check "types (mypy)" .venv/bin/mypy
+check "tests (pytest)" .venv/bin/python -m pytest
+if ((${#failed[@]})); then
+    fail "$(IFS=,; printf '%s' "${failed[*]}")" "What they said stands above. .venv/bin/ruff check --fix . and .venv/bin/ruff format . mend most of the style."
+fi

@@ -1,0 +1,160 @@
+"""Every setting of a run: typed, frozen, documented where it is declared.
+
+A run is described by one `Settings` tree. It is read by `config.load`, checked as a whole by `config.checks`, printed by
+`config.show`, saved with the run, and never mutated. Field descriptions are the documentation: `--help` and docs print them.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PolicySettings(Section):
+    """Which model is trained, and how its log-probabilities are taken."""
+
+    config: Path = Field(description="A Hugging Face config.json, or the folder that holds it.")
+    init: Literal["random"] = Field("random", description="Where the first weights come from.")
+    seed: int = Field(0, description="Seed of random weights. The same seed gives the same weights under every layout.")
+    temperature: PositiveFloat = Field(
+        1.0, description="Log-probabilities are those of softmax(logits / temperature); use the sampling temperature."
+    )
+    log_prob_chunk: PositiveInt = Field(
+        512, description="Tokens per chunk of the fused output layer: the largest logits ever held are [chunk, vocab/tensor]."
+    )
+
+
+class LayoutSettings(Section):
+    """How the model is spread over ranks. Sizes multiply: world = tensor x pipeline x context x data."""
+
+    world_size: PositiveInt | None = Field(None, description="Number of ranks; taken from the launcher when not given.")
+    tensor: PositiveInt = Field(1, description="Tensor-parallel size: each matrix is cut this many ways.")
+    sequence_parallel: bool | None = Field(
+        None, description="Split activations along the sequence between tensor ranks. Default: on when tensor > 1."
+    )
+    pipeline: PositiveInt = Field(1, description="Pipeline-parallel size: layers are dealt to this many stages.")
+    virtual_pipeline: PositiveInt = Field(1, description="Model chunks per pipeline stage (interleaved schedule when > 1).")
+    pipeline_layers: tuple[NonNegativeInt, ...] | None = Field(
+        None,
+        description="Decoder layers of each of the pipeline x virtual_pipeline chunks in model order; "
+        "needed when layers do not divide evenly.",
+    )
+    expert: PositiveInt = Field(1, description="Expert-parallel size: experts are dealt to this many ranks.")
+    expert_tensor: PositiveInt = Field(1, description="Tensor-parallel size inside each expert.")
+    context: PositiveInt = Field(1, description="Context-parallel size: each sequence is cut zig-zag over this many ranks.")
+    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
+    overlap_grad_reduce: bool = Field(False, description="Reduce gradients while the backward pass still runs.")
+    overlap_param_gather: bool = Field(
+        False, description="Gather updated weights while the forward pass runs (with distributed_optimizer and overlap_grad_reduce)."
+    )
+
+    @property
+    def sequence_parallel_on(self) -> bool:
+        return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+
+class MoeSettings(Section):
+    """Training-time choices of the mixture of experts; its shape comes from the model's config."""
+
+    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
+        "alltoall", description="How tokens travel to experts; flex is DeepEP and needs a GPU."
+    )
+    aux_loss_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the load-balancing auxiliary loss.")
+    z_loss_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the router z-loss.")
+    expert_bias_update_rate: NonNegativeFloat = Field(
+        0.0, description="Step of the auxiliary-loss-free expert bias after each update (models that have the bias)."
+    )
+
+
+class PrecisionSettings(Section):
+    """Number formats. Router, log-probabilities, ratios and the loss are float32 whatever is chosen here."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Format of weights and activations.")
+    fp8: Literal["off", "transformer_engine", "simulated"] = Field(
+        "off", description="FP8 matrix products: by Transformer Engine on a GPU, or simulated by rounding anywhere."
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        "blockwise",
+        description="Scaling: one scale a tensor now (tensorwise) or from history (delayed), 1x128/128x128 blocks, or MXFP8 1x32.",
+    )
+    fp8_skip_first_layers: NonNegativeInt = Field(0, description="First decoder layers that stay in bfloat16.")
+    fp8_skip_last_layers: NonNegativeInt = Field(0, description="Last decoder layers that stay in bfloat16.")
+
+
+class OptimizerSettings(Section):
+    """AdamW with schedules for learning rate and weight decay."""
+
+    lr: NonNegativeFloat = Field(1e-6, description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field("constant", description="Shape of the decay.")
+    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up from zero.")
+    decay_steps: PositiveInt | None = Field(None, description="Step at which min_lr is reached; default: the run's steps.")
+    weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay at the start.")
+    weight_decay_end: NonNegativeFloat | None = Field(None, description="Weight decay at the end; default: as at the start.")
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of its change.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 turns clipping off.")
+
+
+class RecomputeSettings(Section):
+    """Activations recomputed in the backward pass instead of kept."""
+
+    mode: Literal["none", "selective", "full"] = Field("none", description="selective: named modules; full: whole layers.")
+    modules: tuple[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...] = Field(
+        ("core_attn",), description="Modules recomputed by mode selective."
+    )
+    method: Literal["uniform", "block"] = Field("uniform", description="full: every unit of layers, or only the first of a stage.")
+    layers: PositiveInt = Field(1, description="full: layers in a recomputed unit (uniform) or recomputed a stage (block).")
+
+
+class BatchSettings(Section):
+    """How sequences become packs. Work is balanced by cost over data-parallel ranks and micro-batches."""
+
+    max_tokens: PositiveInt = Field(8192, description="Most tokens of one pack (micro-batch), padding included.")
+    max_sequence: PositiveInt | None = Field(None, description="Longest sequence accepted; default: max_tokens.")
+
+
+class CheckpointSettings(Section):
+    """When training state is saved, and how much of it is kept."""
+
+    every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0 saves only at the end.")
+    keep_last: PositiveInt = Field(2, description="Complete checkpoints kept; older ones are removed.")
+    asynchronous: bool = Field(False, description="Write in the background while training goes on.")
+
+
+class RunSettings(Section):
+    """The run itself."""
+
+    directory: Path = Field(Path("runs/default"), description="Where checkpoints, metrics and the saved settings go.")
+    steps: PositiveInt = Field(100, description="Optimizer steps.")
+    seed: int = Field(0, description="Seed of everything random but the first weights.")
+
+
+class DeviceSettings(Section):
+    """The machine."""
+
+    kind: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when this process sees a GPU, else CPU.")
+    threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores divided by ranks on this machine.")
+
+
+class Settings(Section):
+    """One run, whole."""
+
+    policy: PolicySettings
+    layout: LayoutSettings = LayoutSettings()
+    moe: MoeSettings = MoeSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    recompute: RecomputeSettings = RecomputeSettings()
+    batch: BatchSettings = BatchSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    run: RunSettings = RunSettings()
+    device: DeviceSettings = DeviceSettings()
