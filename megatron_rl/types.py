@@ -29,9 +29,7 @@ class Sequence:
             if len(array) != len(self.tokens):
                 raise ValueError(f"sequence {self.index}: {name} has {len(array)} entries for {len(self.tokens)} tokens")
         if self.loss_mask[0]:
-            raise ValueError(
-                f"sequence {self.index}: the first token cannot be in the loss mask, nothing stands before it to predict it from"
-            )
+            raise ValueError(f"sequence {self.index}: the first token cannot be in the loss mask, nothing stands before it")
 
     @property
     def length(self) -> int:
@@ -45,9 +43,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch: sequences laid end to end (THD), each padded at its end to `padded_lengths`.
+    """One micro-batch: sequences laid end to end (THD), each padded at its end to its entry of `padded_lengths`.
 
-    A pack may hold no sequence: it is then `padded_lengths[0]` tokens of padding, there so that every data-parallel rank
+    Entries beyond the sequences' are padding alone: a pack may hold no sequence at all, so that every data-parallel rank
     runs the same number of micro-batches. Padding never counts.
     """
 

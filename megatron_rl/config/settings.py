@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 class Section(BaseModel):
     """A frozen group of settings that refuses names it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class PolicySettings(Section):
@@ -21,7 +21,9 @@ class PolicySettings(Section):
 
     config: Path = Field(description="A Hugging Face config.json, or the folder that holds it.")
     init: Literal["random"] = Field("random", description="Where the first weights come from.")
-    seed: int = Field(0, description="Seed of random weights. The same seed gives the same weights under every layout.")
+    seed: NonNegativeInt = Field(
+        0, description="Seed of random weights. The same seed gives the same weights under every layout."
+    )
     temperature: PositiveFloat = Field(
         1.0, description="Log-probabilities are those of softmax(logits / temperature); use the sampling temperature."
     )
@@ -51,7 +53,8 @@ class LayoutSettings(Section):
     distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
     overlap_grad_reduce: bool = Field(False, description="Reduce gradients while the backward pass still runs.")
     overlap_param_gather: bool = Field(
-        False, description="Gather updated weights while the forward pass runs (with distributed_optimizer and overlap_grad_reduce)."
+        False,
+        description="Gather updated weights while the forward pass runs (with distributed_optimizer and overlap_grad_reduce).",
     )
 
     @property
@@ -65,7 +68,11 @@ class MoeSettings(Section):
     dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
         "alltoall", description="How tokens travel to experts; flex is DeepEP and needs a GPU."
     )
-    aux_loss_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the load-balancing auxiliary loss.")
+    aux_loss_coefficient: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of the load-balancing auxiliary loss. Megatron takes it pack by pack: "
+        "alone among all settings, it makes results depend on how sequences are packed.",
+    )
     z_loss_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the router z-loss.")
     expert_bias_update_rate: NonNegativeFloat = Field(
         0.0, description="Step of the auxiliary-loss-free expert bias after each update (models that have the bias)."
@@ -81,7 +88,7 @@ class PrecisionSettings(Section):
     )
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
         "blockwise",
-        description="Scaling: one scale a tensor now (tensorwise) or from history (delayed), 1x128/128x128 blocks, or MXFP8 1x32.",
+        description="One scale a tensor, of now (tensorwise) or of history (delayed), or one a block: blockwise 128, mxfp8 32.",
     )
     fp8_skip_first_layers: NonNegativeInt = Field(0, description="First decoder layers that stay in bfloat16.")
     fp8_skip_last_layers: NonNegativeInt = Field(0, description="Last decoder layers that stay in bfloat16.")
@@ -98,9 +105,9 @@ class OptimizerSettings(Section):
     weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay at the start.")
     weight_decay_end: NonNegativeFloat | None = Field(None, description="Weight decay at the end; default: as at the start.")
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of its change.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: PositiveFloat = 1e-8
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of squared gradients.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the mean square before dividing by it.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 turns clipping off.")
 
 
@@ -111,7 +118,9 @@ class RecomputeSettings(Section):
     modules: tuple[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...] = Field(
         ("core_attn",), description="Modules recomputed by mode selective."
     )
-    method: Literal["uniform", "block"] = Field("uniform", description="full: every unit of layers, or only the first of a stage.")
+    method: Literal["uniform", "block"] = Field(
+        "uniform", description="full: every unit of layers, or only the first of a stage."
+    )
     layers: PositiveInt = Field(1, description="full: layers in a recomputed unit (uniform) or recomputed a stage (block).")
 
 
@@ -135,14 +144,16 @@ class RunSettings(Section):
 
     directory: Path = Field(Path("runs/default"), description="Where checkpoints, metrics and the saved settings go.")
     steps: PositiveInt = Field(100, description="Optimizer steps.")
-    seed: int = Field(0, description="Seed of everything random but the first weights.")
+    seed: NonNegativeInt = Field(0, description="Seed of everything random but the first weights.")
 
 
 class DeviceSettings(Section):
     """The machine."""
 
     kind: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when this process sees a GPU, else CPU.")
-    threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores divided by ranks on this machine.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads a rank; default: cores divided by ranks on this machine."
+    )
 
 
 class Settings(Section):

@@ -1,0 +1,25 @@
+"""Whether settings, model and number of ranks can work together; asked before anything is loaded.
+
+What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix.
+"""
+
+from megatron_rl.config.architecture import Architecture
+from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.rules import batch, layout, moe, precision, training
+from megatron_rl.config.rules.case import Case, Rule
+from megatron_rl.config.settings import Settings
+
+RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
+
+
+def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
+    """Every problem, one line each: the settings with their values, the reason, a fix. None: the run can start."""
+    case = Case(settings, architecture, world_size)
+    return [line for rule in RULES for line in rule(case)]
+
+
+def require_valid(settings: Settings, architecture: Architecture, world_size: int) -> None:
+    """Raise a SettingsError that lists all problems."""
+    problems = check(settings, architecture, world_size)
+    if problems:
+        raise SettingsError("\n".join(problems))

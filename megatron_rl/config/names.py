@@ -1,0 +1,119 @@
+"""The dotted names of all settings: what each allows, and which one a wrong name was meant to be."""
+
+import difflib
+import types
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megatron_rl.config.settings import Settings
+
+# Names that other trainers use; nobody coming from there should have to search.
+FOREIGN_NAMES = {
+    "cp": "layout.context",
+    "context_parallel_size": "layout.context",
+    "ep": "layout.expert",
+    "expert_model_parallel_size": "layout.expert",
+    "etp": "layout.expert_tensor",
+    "expert_tensor_parallel_size": "layout.expert_tensor",
+    "learning_rate": "optimizer.lr",
+    "lr_decay_style": "optimizer.lr_schedule",
+    "model": "policy.config",
+    "model_path": "policy.config",
+    "max_seq_len": "batch.max_sequence",
+    "seq_length": "batch.max_sequence",
+    "output_dir": "run.directory",
+    "pp": "layout.pipeline",
+    "pipeline_model_parallel_size": "layout.pipeline",
+    "sp": "layout.sequence_parallel",
+    "tp": "layout.tensor",
+    "tensor_model_parallel_size": "layout.tensor",
+    "train_iters": "run.steps",
+    "use_distributed_optimizer": "layout.distributed_optimizer",
+    "vpp": "layout.virtual_pipeline",
+    "virtual_pipeline_model_parallel_size": "layout.virtual_pipeline",
+}
+SIMILAR = 0.6  # difflib ratio from which a name counts as a slip of the pen for another
+
+
+@cache
+def setting_fields() -> dict[str, FieldInfo]:
+    """Every setting by its dotted name, in the order of declaration."""
+    return dict(_fields(Settings, ""))
+
+
+@cache
+def section_names() -> frozenset[str]:
+    """The dotted names that hold settings instead of being one."""
+    names = (name.split(".")[:depth] for name in setting_fields() for depth in range(1, name.count(".") + 1))
+    return frozenset(".".join(parts) for parts in names)
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def nearest_name(unknown: str) -> str | None:
+    """The valid dotted name that `unknown` most likely stands for: the same or nearly the same last word, in any section."""
+    section, _, word = unknown.rpartition(".")
+    if section in setting_fields():
+        return section  # more was written behind a setting
+    if word in FOREIGN_NAMES:
+        return FOREIGN_NAMES[word]
+
+    def score(name: str) -> tuple[bool, float]:
+        other_section, _, other_word = name.rpartition(".")
+        words, sections = _ratio(word, other_word), _ratio(section, other_section)
+        return words >= SIMILAR, 0.75 * words + 0.25 * sections
+
+    best = max(setting_fields(), key=score)
+    return best if score(best)[0] else None
+
+
+def _ratio(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What a setting may be, in words: `a whole number of at least 1, or null`."""
+    return _allowed(field.annotation, field.metadata)
+
+
+def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(arguments[0], arguments[1:])
+    if origin in (Union, types.UnionType):
+        options = [_allowed(option, ()) for option in arguments if option is not type(None)]
+        return ", or ".join([*options, "null"])
+    if origin is Literal:
+        return arguments[0] if len(arguments) == 1 else "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list, each entry {_allowed(arguments[0], ())}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
+    return words[annotation] + _bounds(annotation, metadata)
+
+
+def _bounds(annotation: Any, metadata: Iterable[Any]) -> str:
+    words = []
+    for limit in metadata:
+        match limit:
+            case object(gt=low) if annotation is int and isinstance(low, int):
+                words.append(f"of at least {low + 1}")
+            case object(gt=low):
+                words.append(f"above {low}")
+            case object(ge=low):
+                words.append(f"of at least {low}")
+            case object(lt=high):
+                words.append(f"below {high}")
+            case object(le=high):
+                words.append(f"of at most {high}")
+    return "".join(f" {word}" for word in words[:1]) + "".join(f" and {word}" for word in words[1:])
