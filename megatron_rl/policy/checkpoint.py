@@ -1,0 +1,291 @@
+"""Checkpoints: sharded, layout-free, never half-loaded, and plain data.
+
+A checkpoint is a folder `step_N` with one safetensors file a rank and a manifest. Each file holds the slices that its rank
+is the one to save; the manifest, written last, says where every box of every global tensor lies and what the files' sizes
+and checksums are. Everything is written into `step_N.partial` and renamed when it is whole, so a folder that has the final
+name is complete whatever was killed when. Nothing in it is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rl import __version__
+from megatron_rl.config.errors import CheckpointError
+from megatron_rl.policy.layout import Layout
+from megatron_rl.policy.slices import Box, Slice, overlap, within
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, oldest first."""
+    return sorted(path for path in root.glob("step_*") if path.suffix != PARTIAL and (path / MANIFEST).is_file())
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = complete_checkpoints(root)
+    return found[-1] if found else None
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Saving:
+    """A save under way: this rank's file is being written, the manifest is not there yet."""
+
+    folder: Path
+    header: dict[str, Any]
+    thread: threading.Thread
+    written: dict[str, Any]
+    failure: list[BaseException]
+
+
+class CheckpointWriter:
+    """Writes checkpoints under a folder, at most one at a time, and keeps the newest few. All ranks call it alike."""
+
+    def __init__(self, root: Path, layout: Layout, keep_last: int) -> None:
+        self.root = root
+        self.layout = layout
+        self.keep_last = keep_last
+        self._saving: Saving | None = None
+
+    def save(self, step: int, slices: Iterable[Slice], header: Mapping[str, Any], *, asynchronous: bool = False) -> Path:
+        """Save; with `asynchronous` the files are written while training goes on, and `finish` completes the checkpoint."""
+        self.finish()
+        final = step_folder(self.root, step)
+        partial = final.with_name(final.name + PARTIAL)
+        if self.layout.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.layout.barrier()
+        tensors, boxes = _stage([piece for piece in slices if piece.saved_here])
+        written: dict[str, Any] = {"boxes": boxes}
+        failure: list[BaseException] = []
+        path = partial / f"rank_{self.layout.rank:05d}.safetensors"
+        thread = threading.Thread(target=_write_file, args=(path, tensors, written, failure), name=f"save {final.name}")
+        self._saving = Saving(final, {"format": FORMAT, "step": step, **header}, thread, written, failure)
+        thread.start()
+        if not asynchronous:
+            self.finish()
+        return final
+
+    def finish(self) -> None:
+        """Complete the save under way, if there is one: wait for every rank's file, write the manifest, rename."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        saving.thread.join()
+        failures = self.layout.everyone_has(repr(saving.failure[0]) if saving.failure else None)
+        if any(failures):
+            rank = next(i for i, failure in enumerate(failures) if failure)
+            raise CheckpointError(
+                f"{saving.folder} was not saved: rank {rank} could not write its file: {failures[rank]}. "
+                "Earlier checkpoints are untouched. Check the disk's space and permissions."
+            )
+        written = self.layout.everyone_has(saving.written)
+        if self.layout.is_main:
+            self._commit(saving, written)
+        self.layout.barrier()
+
+    def _commit(self, saving: Saving, written: list[dict[str, Any]]) -> None:
+        manifest = {**saving.header, **_index(written)}
+        partial = saving.folder.with_name(saving.folder.name + PARTIAL)
+        with open(partial / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            _flush(file)
+        shutil.rmtree(saving.folder, ignore_errors=True)
+        partial.rename(saving.folder)
+        _flush_folder(self.root)
+        for old in complete_checkpoints(self.root)[: -self.keep_last]:
+            shutil.rmtree(old)
+
+
+def _stage(slices: list[Slice]) -> tuple[dict[str, Tensor], list[Any]]:
+    """Copies in host memory, so that training may go on, and where each belongs."""
+    tensors: dict[str, Tensor] = {}
+    boxes = []
+    for number, piece in enumerate(slices):
+        key = f"{number:06d}:{piece.name}"
+        tensors[key] = piece.tensor.detach().reshape(piece.size).to("cpu", copy=True).contiguous()
+        boxes.append([piece.name, list(piece.shape), str(piece.tensor.dtype), key, list(piece.offset), list(piece.size)])
+    return tensors, boxes
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor], written: dict[str, Any], failure: list[BaseException]) -> None:
+    try:
+        save_file(tensors, path)
+        with open(path, "rb+") as file:
+            _flush(file)
+            written["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        written["file"], written["bytes"] = path.name, path.stat().st_size
+    except BaseException as error:  # it is raised on every rank by `finish`
+        failure.append(error)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _index(written: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's tables, checked: the boxes of each tensor must fill it exactly."""
+    files = [{"name": w["file"], "bytes": w["bytes"], "sha256": w["sha256"]} for w in written]
+    tensors: dict[str, Any] = {}
+    filled: dict[str, int] = defaultdict(int)
+    for number, rank_written in enumerate(written):
+        for name, shape, dtype, key, offset, size in rank_written["boxes"]:
+            entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "boxes": []})
+            entry["boxes"].append([number, key, offset, size])
+            filled[name] += torch.Size(size).numel()
+    for name, entry in tensors.items():
+        if filled[name] != torch.Size(entry["shape"]).numel():
+            raise CheckpointError(f"{name} is saved as {filled[name]} numbers but has {torch.Size(entry['shape']).numel()}")
+    return {"files": files, "tensors": tensors}
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A complete checkpoint on disk, opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        self._files: dict[int, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def verify(self, layout: Layout) -> None:
+        """Check every file's size and checksum, the work shared over ranks; all ranks learn of any damage."""
+        damage = []
+        for file in self.manifest["files"][layout.rank :: layout.world_size]:
+            problem = _damage(self.folder / file["name"], file)
+            if problem:
+                damage.append(problem)
+        found = [problem for problems in layout.everyone_has(damage) for problem in problems]
+        if found:
+            raise CheckpointError(
+                f"checkpoint {self.folder} is damaged: {'; '.join(found)}. Use an older checkpoint, or restore the file."
+            )
+
+    def fill(self, slices: Iterable[Slice]) -> None:
+        """Fill live tensors from the saved boxes that cover them."""
+        with torch.no_grad():
+            for piece in slices:
+                self._fill(piece)
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest["tensors"]
+
+    def _fill(self, piece: Slice) -> None:
+        entry = self.manifest["tensors"].get(piece.name)
+        if entry is None:
+            raise CheckpointError(
+                f"checkpoint {self.folder} has no tensor {piece.name}; it was saved from another kind of model"
+            )
+        if tuple(entry["shape"]) != tuple(piece.shape):
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {piece.name} has shape {entry['shape']}, the model wants {list(piece.shape)}"
+            )
+        wanted: Box = (piece.offset, piece.size)
+        target = piece.tensor.view(piece.size)
+        filled = 0
+        for number, key, offset, size in entry["boxes"]:
+            shared = overlap(wanted, (tuple(offset), tuple(size)))
+            if shared is None:
+                continue
+            saved = self._open(number).get_slice(key)[within(shared, (tuple(offset), tuple(size)))]
+            target[within(shared, wanted)].copy_(saved)
+            filled += torch.Size(shared[1]).numel()
+        if filled != target.numel():
+            raise CheckpointError(
+                f"checkpoint {self.folder} holds {filled} of the {target.numel()} numbers wanted of {piece.name}"
+            )
+
+    def _open(self, number: int) -> Any:
+        if number not in self._files:
+            path = self.folder / self.manifest["files"][number]["name"]
+            try:
+                self._files[number] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"checkpoint {self.folder}: {path.name} cannot be read: {error}") from error
+        return self._files[number]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {folder}")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: the save was interrupted, or this is not a checkpoint. Use a complete one."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is not a checkpoint manifest: {error!r}") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{folder} is of checkpoint format {found}; this version of megatron_rl reads format {FORMAT}")
+    return manifest
+
+
+def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            return f"{path.name} does not match its checksum"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    return {"megatron-rl": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
+
+
+def differences(saved: Mapping[str, Any], current: Any) -> list[str]:
+    """Fields of two descriptions (a saved dictionary, a dataclass) that differ, in words."""
+    now = json.loads(json.dumps(asdict(current)))
+    return [
+        f"{name}: {saved.get(name)!r} in the checkpoint, {now.get(name)!r} in the settings"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]

@@ -1,0 +1,292 @@
+"""The machine under the policy, and the adaptation of Megatron-core to one without CUDA.
+
+Megatron-core assumes CUDA in some two hundred places, nearly all of which only want "the device", a stream to order work
+on, or the device's random state. Without CUDA those have exact CPU meanings, and `CPU_PATCHES` below supplies them: each
+entry says what it replaces and why, and a test shows what breaks without it. With CUDA nothing is patched. This module is
+the only one that asks whether there is a GPU.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.settings import DeviceSettings
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rest of the policy may know about the machine."""
+
+    kind: Literal["cpu", "cuda"]
+    torch_device: torch.device
+    backend: Literal["gloo", "nccl"]
+    transformer_engine: bool
+
+    @property
+    def cuda(self) -> bool:
+        return self.kind == "cuda"
+
+    def random_state(self) -> torch.Tensor:
+        """The state of the device's random generator."""
+        return torch.cuda.get_rng_state() if self.cuda else torch.get_rng_state()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        if self.cuda:
+            torch.cuda.set_rng_state(state)
+        else:
+            torch.set_rng_state(state)
+
+
+def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int = 1) -> Device:
+    """Choose this process's device, adapt Megatron-core to it when there is no CUDA, and size its thread pool."""
+    has_cuda = torch.cuda.is_available()
+    if settings.kind == "cuda" and not has_cuda:
+        raise SettingsError(
+            "device.kind=cuda, but torch sees no CUDA device here. Check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, "
+            "install the GPU environment (launch/setup.sh --gpu), or use device.kind=cpu."
+        )
+    if has_cuda and settings.kind != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            raise SettingsError(
+                f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} for {local_ranks} ranks. "
+                "Start one rank a GPU (torchrun --nproc-per-node)."
+            )
+        torch.cuda.set_device(local_rank)
+        return Device(
+            "cuda", torch.device("cuda", local_rank), "nccl", importlib.util.find_spec("transformer_engine") is not None
+        )
+    if has_cuda:
+        raise SettingsError(
+            "device.kind=cpu on a machine with CUDA: Megatron-core would pick the GPU by itself. "
+            "Hide the GPUs from this process (CUDA_VISIBLE_DEVICES=) or leave device.kind=auto."
+        )
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // local_ranks)
+    torch.set_num_threads(threads)
+    adapt_to_cpu()
+    return Device("cpu", CPU, "gloo", transformer_engine=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adaptation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CpuStream:
+    """A stream on a machine where work is done when the call returns: every wait is already over, also for its events."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, _: Any = None) -> "CpuStream":
+        return self
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class CudaNamesMeanCpu(torch.overrides.TorchFunctionMode):
+    """Reads device="cuda", `.cuda()` and `.to("cuda")` as the CPU, and drops pinned memory, which only CUDA has."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda_type_name_for_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's optimizers sort parameters by `param.type()` and know only the names of CUDA tensors."""
+
+    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original(tensor, *args, **kwargs)
+        if args or kwargs or not name.startswith("torch.") or name.startswith("torch.cuda"):
+            return name
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
+
+    return type_name
+
+
+def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The CPU meaning of Megatron's maybe_move_tensor_to_cpu: it converts to numpy only what it first moves from a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """all-gather of parts of different sizes, as an all-to-all in which every rank sends its part to all."""
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return original(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        output = input_.new_empty((sum(sizes), *input_.shape[1:]))
+        copies = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
+        torch.distributed.all_to_all_single(output, copies, sizes, [input_.size(0)] * group.size(), group=group)
+        return output
+
+    return gather
+
+
+def _reduce_scatter_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """reduce-scatter of parts of different sizes: exchange the parts, add them up."""
+
+    def reduce_scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return original(input_, group, input_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in input_split_sizes]
+        mine = sizes[group.rank()]
+        parts = input_.new_empty((group.size() * mine, *input_.shape[1:]))
+        torch.distributed.all_to_all_single(parts, input_.contiguous(), [mine] * group.size(), sizes, group=group)
+        return parts.unflatten(0, (group.size(), mine)).sum(0)
+
+    return reduce_scatter
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name of torch or Megatron-core that means something else without CUDA."""
+
+    module: str
+    name: str
+    why: str
+    replacement: Callable[[Any], Any]  # original -> replacement
+
+    @property
+    def key(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def owner(self) -> Any:
+        module_name, _, inner = self.module.partition(":")
+        module: ModuleType = importlib.import_module(module_name)
+        return getattr(module, inner) if inner else module
+
+
+_STREAM = CpuStream()
+_DEVICE = "Every buffer (gradients, collectives, tables) is created on torch.cuda.current_device()."
+_ORDER = "The token dispatcher and the schedules order copies on streams; on CPU work is done when the call returns."
+_RANDOM = "Dropout, initialisation and recomputation fork the device's random state; here that is the CPU generator's."
+
+_UNEVEN = (
+    "With expert and expert-tensor parallelism ranks exchange different numbers of tokens, which gloo's collectives refuse."
+)
+
+CPU_PATCHES: tuple[Patch, ...] = (
+    Patch("torch.cuda", "current_device", _DEVICE, lambda _: lambda: CPU),
+    Patch("torch.cuda", "synchronize", "Pipeline send/receive waits for the device.", lambda _: lambda *_, **__: None),
+    Patch("torch.cuda", "Stream", _ORDER, lambda _: CpuStream),
+    Patch("torch.cuda", "current_stream", _ORDER, lambda _: lambda *_, **__: _STREAM),
+    Patch("torch.cuda", "get_rng_state", _RANDOM, lambda _: lambda *_, **__: torch.get_rng_state()),
+    Patch("torch.cuda", "manual_seed", _RANDOM, lambda _: lambda seed: torch.manual_seed(seed)),
+    Patch(
+        "megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _RANDOM, lambda _: lambda *_, **__: torch.get_rng_state()
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _RANDOM,
+        lambda _: lambda state, *_, **__: torch.set_rng_state(state),
+    ),
+    Patch(
+        "torch:Tensor",
+        "type",
+        "Optimizers sort parameters by the name of their tensor type and refuse other names than CUDA's.",
+        _cuda_type_name_for_optimizer,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        "all-to-all split sizes must be host integers, which upstream makes only of tensors that come from a GPU.",
+        lambda _: _split_sizes_as_numpy,
+    ),
+    Patch("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim", _UNEVEN, _gather_uneven),
+    Patch("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _UNEVEN, _reduce_scatter_uneven),
+    Patch(
+        "megatron.core.tensor_parallel.random:CheckpointWithoutOutput",
+        "__init__",
+        "Selective recomputation takes its default fp8=False for True and then asks Transformer Engine.",
+        lambda original: lambda self, fp8=None: original(self, None),
+    ),
+)
+COMPILER_WHY = "Megatron compiles its small helpers at first use; on CPU that takes a C++ compiler and minutes."
+CUDA_NAMES_WHY = "device='cuda', .cuda() and pin_memory=True are written out in schedules, optimizers and clipping."
+
+
+class CpuAdaptation:
+    """The patches in force, able to take themselves out again (tests do that one by one)."""
+
+    def __init__(self) -> None:
+        self._originals: dict[str, Any] = {}
+        self._mode = CudaNamesMeanCpu()
+        self._mode_on = False
+
+    def install(self) -> None:
+        for patch in CPU_PATCHES:
+            if patch.key not in self._originals:
+                original = getattr(patch.owner(), patch.name)
+                self._originals[patch.key] = original
+                setattr(patch.owner(), patch.name, patch.replacement(original))
+        if not self._mode_on:
+            self._mode.__enter__()
+            self._mode_on = True
+        torch.compiler.set_stance("force_eager")
+
+    def uninstall(self) -> None:
+        for patch in CPU_PATCHES:
+            if patch.key in self._originals:
+                setattr(patch.owner(), patch.name, self._originals.pop(patch.key))
+        if self._mode_on:
+            self._mode.__exit__(None, None, None)
+            self._mode_on = False
+        torch.compiler.set_stance("default")
+
+    @contextlib.contextmanager
+    def without(self, key: str) -> Iterator[None]:
+        """Run a block with one patch taken out; `key` is a patch's key, or "cuda_names" for the device-name mode."""
+        if key == "cuda_names":
+            self._mode.__exit__(None, None, None)
+            try:
+                yield
+            finally:
+                self._mode.__enter__()
+            return
+        patch = next(patch for patch in CPU_PATCHES if patch.key == key)
+        adapted = getattr(patch.owner(), patch.name)
+        setattr(patch.owner(), patch.name, self._originals[key])
+        try:
+            yield
+        finally:
+            setattr(patch.owner(), patch.name, adapted)
+
+
+_ADAPTATION = CpuAdaptation()
+
+
+def adapt_to_cpu() -> CpuAdaptation:
+    """Install the adaptation in this process, once. It is process-wide because what it adapts is."""
+    _ADAPTATION.install()
+    return _ADAPTATION

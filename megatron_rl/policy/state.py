@@ -1,0 +1,117 @@
+"""Saving and loading a whole policy: weights, optimizer, schedule position, random state."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_rl.config.errors import CheckpointError
+from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter, differences, versions
+from megatron_rl.policy.device import Device
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.slices import Slice, model_slices, optimizer_slices
+
+MUST_MATCH = ("precision.dtype",)  # settings that a checkpoint's numbers depend on; the layout is not among them
+
+
+def state_slices(policy: Policy) -> Iterator[Slice]:
+    """Everything that training changes, in place."""
+    yield from model_slices(policy.model, policy.layout)
+    yield from optimizer_slices(policy.model, policy.optimizer.states(), policy.layout)
+
+
+def save_policy(writer: CheckpointWriter, policy: Policy, *, asynchronous: bool = False) -> Path:
+    """Save a checkpoint of the policy's present state, named by its steps."""
+    policy.optimizer.gather_weights()
+    settings = policy.settings.model_dump(mode="json")
+    header = {
+        "steps": policy.steps,
+        "skipped": policy.skipped,
+        "settings": settings,
+        "architecture": asdict(policy.architecture),
+        "world_size": policy.layout.world_size,
+        "versions": versions(),
+    }
+    slices = [*state_slices(policy), *_random_slices(policy)]
+    return writer.save(policy.steps, slices, header, asynchronous=asynchronous)
+
+
+def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
+    """Set the policy to a checkpoint's state, saved under this layout or another.
+
+    Random state returns only under the same layout: it belongs to ranks. With `verify`, checksums are checked first.
+    """
+    checkpoint = Checkpoint(folder)
+    _require_same_model(policy, checkpoint)
+    if verify:
+        checkpoint.verify(policy.layout)
+    checkpoint.fill(state_slices(policy))
+    policy.steps = int(checkpoint.manifest["steps"])
+    policy.skipped = int(checkpoint.manifest["skipped"])
+    policy.optimizer.set_steps_taken(policy.steps)
+    saved_layout = checkpoint.manifest["settings"]["layout"]
+    same_layout = saved_layout == policy.settings.model_dump(mode="json")["layout"]
+    if same_layout and checkpoint.manifest["world_size"] == policy.layout.world_size:
+        states = _random_slices(policy)
+        checkpoint.fill(states)
+        _set_random_states(policy.layout.device, {piece.name: piece.tensor for piece in states})
+
+
+def _require_same_model(policy: Policy, checkpoint: Checkpoint) -> None:
+    problems = [f"architecture.{text}" for text in differences(checkpoint.manifest["architecture"], policy.architecture)]
+    now = policy.settings.model_dump(mode="json")
+    for name in MUST_MATCH:
+        section, field = name.split(".")
+        saved = checkpoint.manifest["settings"][section][field]
+        if saved != now[section][field]:
+            problems.append(f"{name}: {saved!r} in the checkpoint, {now[section][field]!r} in the settings")
+    if problems:
+        listing = "\n  ".join(problems)
+        raise CheckpointError(f"checkpoint {checkpoint.folder} is of another model than the settings describe:\n  {listing}")
+
+
+# -- random state ------------------------------------------------------------------------------------------------------
+
+
+def _random_states(device: Device) -> dict[str, torch.Tensor]:
+    """All generators of this process, as bytes."""
+    _, words, python_gauss = random.getstate()
+    python = np.array([*words, np.nan if python_gauss is None else python_gauss])  # 32-bit words are exact in float64
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state = np.concatenate([np.asarray(keys, np.float64), [position, has_gauss, gauss]])
+    states = {
+        "python": torch.from_numpy(python),
+        "numpy": torch.from_numpy(numpy_state),
+        "torch": torch.get_rng_state(),
+        "device": device.random_state(),
+    }
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{name}"] = state
+    return states
+
+
+def _random_slices(policy: Policy) -> list[Slice]:
+    rank = policy.layout.rank
+    return [
+        Slice(f"random.{rank}.{name}", tuple(state.shape), (0,) * state.dim(), tuple(state.shape), state, saved_here=True)
+        for name, state in _random_states(policy.layout.device).items()
+    ]
+
+
+def _set_random_states(device: Device, states: dict[str, torch.Tensor]) -> None:
+    named = {name.split(".", 2)[2]: state for name, state in states.items()}
+    words = named["python"].numpy()
+    random.setstate((3, tuple(int(word) for word in words[:-1]), None if np.isnan(words[-1]) else float(words[-1])))
+    numpy_state = named["numpy"].numpy()
+    np.random.set_state(
+        ("MT19937", numpy_state[:-3].astype(np.uint32), int(numpy_state[-3]), int(numpy_state[-2]), float(numpy_state[-1]))
+    )
+    torch.set_rng_state(named["torch"])
+    device.set_random_state(named["device"])
+    tracker = get_cuda_rng_tracker()
+    trackers = {name.removeprefix("tracker."): state for name, state in named.items() if name.startswith("tracker.")}
+    tracker.set_states(trackers)
