@@ -1,0 +1,84 @@
+"""Starting ranks: a run that nobody launched starts its own on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+PATIENCE = 15.0  # seconds between asking ranks to end and ending them
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Did torchrun (or another launcher that speaks its language) start this process?"""
+    return "WORLD_SIZE" in environment
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Is this the rank whose words are printed, where all ranks would say the same?"""
+    return environment.get("RANK", "0") == "0"
+
+
+def start_local_ranks(ranks: int, arguments: Sequence[str]) -> int:
+    """Run `megatron-rl ARGUMENTS` as so many ranks on this machine; returns the exit code of the first that fails, or 0.
+
+    What torchrun does for one machine, without its words: the ranks share this terminal, and end together.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = [sys.executable, "-m", "megatron_rl.cli", *arguments]
+    signal.signal(signal.SIGTERM, _leave)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(ranks):
+            processes.append(subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        return _wait(processes)
+    finally:
+        _end(processes)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended well, or one has not. Ranks that fail alike (bad settings) all get to say so."""
+    failed = 0
+    while not failed and any(process.poll() is None for process in processes):
+        failed = next((process.returncode for process in processes if process.returncode), 0)
+        time.sleep(0.1)
+    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
+    deadline = time.monotonic() + 2.0
+    while failed and time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    return failed if failed >= 0 else 128 - failed  # as a shell tells of a signal
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """A terminated starter ends its ranks on the way out."""
+    raise SystemExit(128 + number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
