@@ -33,8 +33,8 @@ python_candidates() {
     for name in python3.12 python3 python; do
         type -aP "$name" || true
     done
-    compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.*/bin/python3" | sort -rV || true
-    compgen -G "$HOME/.pyenv/versions/3.*/bin/python3" | sort -rV || true
+    compgen -G "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/3.*/bin/python3" | sort -rV || true
+    compgen -G "${HOME:-}/.pyenv/versions/3.*/bin/python3" | sort -rV || true
 }
 
 # Python 3.12 with the parts of the standard library that some builds lack.

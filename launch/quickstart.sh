@@ -19,9 +19,5 @@ launch/setup.sh
 
 # Every run gets a folder of its own, so that the next one neither finds nor overwrites its checkpoints.
 directory="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
-for setting in "$@"; do
-    [[ "$setting" != run.directory=* ]] || directory="${setting#*=}"
-done
 say "training the policy on a supervised toy batch over two ranks (the reinforcement-learning loop comes later)"
-.venv/bin/megatron-rl train configs/quickstart.yaml "run.directory=$directory" "$@"
-say "settings, metrics and checkpoints are in $directory"
+exec .venv/bin/megatron-rl train configs/quickstart.yaml "run.directory=$directory" "$@"

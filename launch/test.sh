@@ -2,7 +2,7 @@
 # Checks the project, after bringing the environment up to date.
 #
 #   launch/test.sh                         style, types, every test
-#   launch/test.sh tests/config -k nearest only these tests: what you give goes to pytest as it is
+#   launch/test.sh tests/config -k include only these tests: what you give goes to pytest as it is
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Writes the lock files of launch/lock from pyproject.toml and the overrides beside them.
 #
-#   tools/lock.sh                     keep every locked version that still fits pyproject.toml
-#   tools/lock.sh --upgrade           take the newest versions that fit
-#   tools/lock.sh --upgrade-package NAME   of this one package
+#   tools/lock.sh                          keep every locked version that still fits pyproject.toml
+#   tools/lock.sh --upgrade                take the newest versions that fit
+#   tools/lock.sh --upgrade-package NAME   the same for one package
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=../launch/common.sh
