@@ -166,7 +166,7 @@ def test_no_file_knows_one_machine_or_one_package_index() -> None:
     texts = SOURCES + [
         path
         for folder, pattern in {
-            ".": "*.*",
+            ".": "*",
             ".ci": "*",
             "launch": "**/*",
             "configs": "**/*",

@@ -8,6 +8,7 @@ name is complete whatever was killed when. Nothing in it is pickled.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -169,14 +170,24 @@ def _index(written: list[dict[str, Any]]) -> dict[str, Any]:
         for name, shape, dtype, key, offset, size in rank_written["boxes"]:
             entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "boxes": []})
             entry["boxes"].append([number, key, offset, size])
-            filled[name] += torch.Size(size).numel()
+            filled[name] += math.prod(size)
     for name, entry in tensors.items():
-        if filled[name] != torch.Size(entry["shape"]).numel():
-            raise CheckpointError(f"{name} is saved as {filled[name]} numbers but has {torch.Size(entry['shape']).numel()}")
+        if filled[name] != math.prod(entry["shape"]):
+            raise CheckpointError(f"{name} is saved as {filled[name]} numbers but has {math.prod(entry['shape'])}")
     return {"files": files, "tensors": tensors}
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A saved box, and what of it a slice wants."""
+
+    file: int
+    key: str
+    box: Box
+    shared: Box
 
 
 class Checkpoint:
@@ -204,39 +215,36 @@ class Checkpoint:
                 f"checkpoint {self.folder} is damaged: {'; '.join(found)}. Use an older checkpoint, or restore the file."
             )
 
-    def fill(self, slices: Iterable[Slice]) -> None:
-        """Fill live tensors from the saved boxes that cover them."""
+    def fill(self, slices: Iterable[Slice], layout: Layout) -> None:
+        """Fill live tensors from the saved boxes that cover them: all of them on all ranks, or, with an error, none."""
+        wanted = [(piece, self._sources(piece)) for piece in slices]
+        problems = [sources for _, sources in wanted if isinstance(sources, str)]
+        found = [problem for rank_problems in layout.everyone_has(problems[:3]) for problem in rank_problems]
+        if found:
+            raise CheckpointError(f"checkpoint {self.folder} does not fit: {'; '.join(dict.fromkeys(found))}")
         with torch.no_grad():
-            for piece in slices:
-                self._fill(piece)
+            for piece, sources in wanted:
+                target = piece.tensor.view(piece.size)
+                for source in sources:
+                    assert isinstance(source, Source)
+                    saved = self._open(source.file).get_slice(source.key)[within(source.shared, source.box)]
+                    target[within(source.shared, (piece.offset, piece.size))].copy_(saved)
 
-    def has(self, name: str) -> bool:
-        return name in self.manifest["tensors"]
-
-    def _fill(self, piece: Slice) -> None:
+    def _sources(self, piece: Slice) -> "list[Source] | str":
+        """Where a slice's numbers lie, or what is wrong."""
         entry = self.manifest["tensors"].get(piece.name)
         if entry is None:
-            raise CheckpointError(
-                f"checkpoint {self.folder} has no tensor {piece.name}; it was saved from another kind of model"
-            )
+            return f"it has no tensor {piece.name}"
         if tuple(entry["shape"]) != tuple(piece.shape):
-            raise CheckpointError(
-                f"checkpoint {self.folder}: {piece.name} has shape {entry['shape']}, the model wants {list(piece.shape)}"
-            )
-        wanted: Box = (piece.offset, piece.size)
-        target = piece.tensor.view(piece.size)
-        filled = 0
-        for number, key, offset, size in entry["boxes"]:
-            shared = overlap(wanted, (tuple(offset), tuple(size)))
-            if shared is None:
-                continue
-            saved = self._open(number).get_slice(key)[within(shared, (tuple(offset), tuple(size)))]
-            target[within(shared, wanted)].copy_(saved)
-            filled += torch.Size(shared[1]).numel()
-        if filled != target.numel():
-            raise CheckpointError(
-                f"checkpoint {self.folder} holds {filled} of the {target.numel()} numbers wanted of {piece.name}"
-            )
+            return f"{piece.name} has shape {entry['shape']}, the model wants {list(piece.shape)}"
+        sources = []
+        for file, key, offset, size in entry["boxes"]:
+            box = (tuple(offset), tuple(size))
+            shared = overlap((piece.offset, piece.size), box)
+            if shared is not None:
+                sources.append(Source(file, key, box, shared))
+        held, numbers = (sum(math.prod(size) for size in sizes) for sizes in ([s.shared[1] for s in sources], [piece.size]))
+        return sources if held == numbers else f"it holds {held} of the {numbers} numbers wanted of {piece.name}"
 
     def _open(self, number: int) -> Any:
         if number not in self._files:

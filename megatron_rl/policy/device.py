@@ -152,21 +152,6 @@ def _gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
-def _reduce_scatter_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
-    """reduce-scatter of parts of different sizes: exchange the parts, add them up."""
-
-    def reduce_scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if input_split_sizes is None or group.size() == 1:
-            return original(input_, group, input_split_sizes, use_global_buffer)
-        sizes = [int(size) for size in input_split_sizes]
-        mine = sizes[group.rank()]
-        parts = input_.new_empty((group.size() * mine, *input_.shape[1:]))
-        torch.distributed.all_to_all_single(parts, input_.contiguous(), [mine] * group.size(), sizes, group=group)
-        return parts.unflatten(0, (group.size(), mine)).sum(0)
-
-    return reduce_scatter
-
-
 @dataclass(frozen=True)
 class Patch:
     """One name of torch or Megatron-core that means something else without CUDA."""
@@ -190,10 +175,6 @@ _STREAM = CpuStream()
 _DEVICE = "Every buffer (gradients, collectives, tables) is created on torch.cuda.current_device()."
 _ORDER = "The token dispatcher and the schedules order copies on streams; on CPU work is done when the call returns."
 _RANDOM = "Dropout, initialisation and recomputation fork the device's random state; here that is the CPU generator's."
-
-_UNEVEN = (
-    "With expert and expert-tensor parallelism ranks exchange different numbers of tokens, which gloo's collectives refuse."
-)
 
 CPU_PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_device", _DEVICE, lambda _: lambda: CPU),
@@ -223,8 +204,12 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "all-to-all split sizes must be host integers, which upstream makes only of tensors that come from a GPU.",
         lambda _: _split_sizes_as_numpy,
     ),
-    Patch("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim", _UNEVEN, _gather_uneven),
-    Patch("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _UNEVEN, _reduce_scatter_uneven),
+    Patch(
+        "megatron.core.tensor_parallel.mappings",
+        "_gather_along_first_dim",
+        "With expert and expert-tensor parallelism ranks gather different numbers of tokens, which gloo refuses.",
+        _gather_uneven,
+    ),
     Patch(
         "megatron.core.tensor_parallel.random:CheckpointWithoutOutput",
         "__init__",
@@ -232,8 +217,9 @@ CPU_PATCHES: tuple[Patch, ...] = (
         lambda original: lambda self, fp8=None: original(self, None),
     ),
 )
-COMPILER_WHY = "Megatron compiles its small helpers at first use; on CPU that takes a C++ compiler and minutes."
-CUDA_NAMES_WHY = "device='cuda', .cuda() and pin_memory=True are written out in schedules, optimizers and clipping."
+CUDA_NAMES = (
+    "device names"  # the key of CudaNamesMeanCpu, which is no single name: they stand in schedules, optimizers, clipping
+)
 
 
 class CpuAdaptation:
@@ -253,6 +239,7 @@ class CpuAdaptation:
         if not self._mode_on:
             self._mode.__enter__()
             self._mode_on = True
+        # Megatron compiles its small helpers at first use; on CPU that would take a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
 
     def uninstall(self) -> None:
@@ -266,8 +253,8 @@ class CpuAdaptation:
 
     @contextlib.contextmanager
     def without(self, key: str) -> Iterator[None]:
-        """Run a block with one patch taken out; `key` is a patch's key, or "cuda_names" for the device-name mode."""
-        if key == "cuda_names":
+        """Run a block with one patch taken out; `key` is a patch's key, or CUDA_NAMES."""
+        if key == CUDA_NAMES:
             self._mode.__exit__(None, None, None)
             try:
                 yield

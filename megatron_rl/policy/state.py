@@ -49,7 +49,7 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     _require_same_model(policy, checkpoint)
     if verify:
         checkpoint.verify(policy.layout)
-    checkpoint.fill(state_slices(policy))
+    checkpoint.fill(state_slices(policy), policy.layout)
     policy.steps = int(checkpoint.manifest["steps"])
     policy.skipped = int(checkpoint.manifest["skipped"])
     policy.optimizer.set_steps_taken(policy.steps)
@@ -57,7 +57,7 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     same_layout = saved_layout == policy.settings.model_dump(mode="json")["layout"]
     if same_layout and checkpoint.manifest["world_size"] == policy.layout.world_size:
         states = _random_slices(policy)
-        checkpoint.fill(states)
+        checkpoint.fill(states, policy.layout)
         _set_random_states(policy.layout.device, {piece.name: piece.tensor for piece in states})
 
 

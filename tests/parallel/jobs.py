@@ -1,5 +1,6 @@
 """What ranks do in tests: train a policy for a few steps and report everything by global names."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
 from numpy.typing import NDArray
 
 from megatron_rl.config.settings import Settings
@@ -17,6 +19,7 @@ from megatron_rl.objectives.base import Objective
 from megatron_rl.objectives.gspo import SequencePolicyLoss
 from megatron_rl.objectives.sft import SupervisedLoss
 from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint
+from megatron_rl.policy.device import adapt_to_cpu
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.optimizer import ParameterState
 from megatron_rl.policy.policy import Policy
@@ -176,3 +179,17 @@ def die_while_saving(launch: Launch, settings: dict[str, Any], sequences: Sequen
     writer._saving.thread.join()
     policy.layout.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def uneven_gather(launch: Launch, key: str) -> dict[str, Any]:
+    """Gather parts of 1 and 2 rows, with the patch `key` and without it."""
+    adaptation = adapt_to_cpu()
+    part = torch.full((launch.rank + 1, 3), float(launch.rank + 1))
+
+    def gathered() -> Any:
+        return mappings._gather_along_first_dim(part, dist.group.WORLD, [1, 2]).tolist()
+
+    result = {"with": gathered(), "without": None}
+    with adaptation.without(key), contextlib.suppress(RuntimeError, ValueError):
+        result["without"] = gathered()
+    return result
