@@ -75,7 +75,6 @@ class Architecture:
     rope: Rope
     tied_embeddings: bool
     qkv_bias: bool = False
-    attention_output_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"  # head: over each head (Qwen3); full: over all heads together (OLMoE)
     init_std: float = 0.02
     experts: Experts | None = None

@@ -117,10 +117,8 @@ def _attention(architecture: Architecture, tensor: int) -> tuple[int, int]:
     width, key_width = architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim
     qkv_width = width + 2 * key_width
     projections = architecture.hidden * (qkv_width + width) + (qkv_width if architecture.qkv_bias else 0)
-    # Each tensor rank adds the whole bias of the row-parallel output.
-    output_bias = architecture.hidden if architecture.attention_output_bias else 0
     norms = {"none": 0, "head": 2 * architecture.head_dim, "full": width + key_width}  # whole on every tensor rank
-    return projections // tensor + output_bias, norms[architecture.qk_norm]
+    return projections // tensor, norms[architecture.qk_norm]
 
 
 def _latent_attention(architecture: Architecture, tensor: int) -> tuple[int, int]:

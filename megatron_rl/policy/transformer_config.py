@@ -17,9 +17,8 @@ from megatron.core.utils import init_method_normal
 
 from megatron_rl.config.architecture import Architecture, Experts, Rope
 from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.layout_map import padded_vocab
 from megatron_rl.config.settings import LayoutSettings, MoeSettings, PrecisionSettings, RecomputeSettings, Settings
-
-VOCAB_MULTIPLE = 128
 
 # Transformer Engine's number format by recipe. Scaling by blocks is fine enough for e4m3 gradients (DeepSeek-V3, MXFP8);
 # one scale a tensor is not, so gradients take e5m2's range (hybrid).
@@ -56,7 +55,7 @@ def transformer_fields(
     """The class of the configuration and its fields."""
     fields = {
         **_shape(architecture),
-        **_parallel(architecture, settings.layout),
+        **_parallel(settings.layout),
         **_precision(settings.precision, transformer_engine),
         **_recompute(settings.recompute),
         **_kernels(architecture, cuda, transformer_engine),
@@ -68,21 +67,6 @@ def transformer_fields(
     if architecture.rope.scaling == "yarn":
         return YarnTransformerConfig, fields | _yarn(architecture.rope)
     return TransformerConfig, fields
-
-
-def padded_vocab(vocab: int, tensor: int = 1) -> int:
-    """Rows of the embedding and output matrices: the vocabulary rounded up to a multiple of 128.
-
-    The multiple does not depend on the tensor-parallel size, so that a checkpoint can be loaded under another one; sizes
-    that do not divide the result are refused. Padded rows are never predicted: log-probabilities leave them out.
-    """
-    padded = math.ceil(vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if padded % tensor:
-        raise SettingsError(
-            f"layout.tensor={tensor} does not divide the vocabulary of {padded} rows ({vocab} tokens rounded up to a multiple "
-            f"of {VOCAB_MULTIPLE}). Use a power of two."
-        )
-    return padded
 
 
 def gpt_model_arguments(architecture: Architecture) -> dict[str, Any]:
@@ -106,8 +90,6 @@ def gpt_model_arguments(architecture: Architecture) -> dict[str, Any]:
 
 
 def _shape(architecture: Architecture) -> dict[str, Any]:
-    if architecture.attention_output_bias:
-        raise SettingsError(f"policy.config: {architecture.family} with a bias on attention's output is not supported")
     normal = init_method_normal(architecture.init_std)
     return {
         "num_layers": architecture.layers,
@@ -206,8 +188,7 @@ def _experts(architecture: Architecture, experts: Experts, moe: MoeSettings, cud
 # -- layout ------------------------------------------------------------------------------------------------------------
 
 
-def _parallel(architecture: Architecture, layout: LayoutSettings) -> dict[str, Any]:
-    padded_vocab(architecture.vocab, layout.tensor)
+def _parallel(layout: LayoutSettings) -> dict[str, Any]:
     interleaved = layout.virtual_pipeline > 1
     return {
         "tensor_model_parallel_size": layout.tensor,

@@ -84,7 +84,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
 
 DENSE = Architecture(
     family="llama", layers=3, hidden=48, heads=8, kv_heads=4, head_dim=12, ffn_hidden=96, vocab=96, max_positions=64,
-    norm_eps=1e-6, rope=Rope(base=1e4), tied_embeddings=False, qkv_bias=True, attention_output_bias=True, qk_norm="head",
+    norm_eps=1e-6, rope=Rope(base=1e4), tied_embeddings=False, qkv_bias=True, qk_norm="head",
 )  # fmt: skip
 MOE = replace(
     DENSE, moe_layers=(True,) * 3,
@@ -95,7 +95,7 @@ MOE = replace(
 )  # fmt: skip
 MLA = replace(
     MOE, latent_attention=LatentAttention(24, 16, qk_head_dim=12, qk_rope_head_dim=4, v_head_dim=10), qkv_bias=False,
-    attention_output_bias=False, qk_norm="none",
+    qk_norm="none",
 )  # fmt: skip
 
 
@@ -123,9 +123,9 @@ def test_stages_add_up_to_the_model(model: Architecture, pipeline_layers: tuple[
 )
 def test_shards_add_up_to_a_layer(model: Architecture, tensor: int, expert: int, expert_tensor: int) -> None:
     whole, shard = layer_parameters(model, 0), layer_parameters(model, 0, Shards(tensor, expert, expert_tensor))
-    output_bias, shared_gate = model.hidden, model.hidden if model.experts else 0  # whole on every tensor rank
+    shared_gate = model.hidden if model.experts else 0  # whole on every tensor rank
     gathered = {
-        "attention": (shard.attention - output_bias) * tensor + output_bias,
+        "attention": shard.attention * tensor,
         "dense": shard.dense * tensor,
         "shared_experts": (shard.shared_experts - shared_gate) * tensor + shared_gate,
         "experts": shard.experts * expert * expert_tensor,

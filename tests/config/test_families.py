@@ -98,7 +98,7 @@ def test_glm_rotates_half_of_each_head(tmp_path: Path) -> None:
 
 def test_glm_switches(tmp_path: Path) -> None:
     model = read("glm4_moe", tmp_path)
-    assert model.qkv_bias and not model.attention_output_bias and model.qk_norm == "head"
+    assert model.qkv_bias and model.qk_norm == "head"
     model = read("glm4_moe", tmp_path, attention_bias=False, use_qk_norm=False)
     assert not model.qkv_bias and model.qk_norm == "none"
 

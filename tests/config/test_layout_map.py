@@ -24,6 +24,7 @@ from megatron_rl.config.layout_map import (
     data_size,
     expert_data_size,
     local_experts,
+    padded_vocab,
     rank_coordinates,
     smallest_world_size,
     stage_layers,
@@ -166,3 +167,9 @@ def test_alignment_is_the_smallest_that_cuts_evenly(
     assert found.sequence == next(filter(sequence_is_even, count(1)))
     assert found.pack == next(filter(pack_is_even, count(1)))
     assert found.pack % found.sequence == 0
+
+
+@given(vocab=st.integers(1, 300_000))
+def test_padded_vocabulary(vocab: int) -> None:
+    padded = padded_vocab(vocab)
+    assert padded % 128 == 0 and 0 <= padded - vocab < 128

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
@@ -21,7 +19,6 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.policy.transformer_config import (
     build_transformer_config,
     gpt_model_arguments,
-    padded_vocab,
     transformer_fields,
 )
 from tests.reference.oracle import hf_config
@@ -168,17 +165,6 @@ def test_model_arguments(tmp_path: Path) -> None:
     assert gpt_model_arguments(tiny("qwen2", tmp_path))["share_embeddings_and_output_weights"] is True
     # Latent attention makes its own embedding; the model's would look for YaRN's fields and not find them.
     assert gpt_model_arguments(tiny("deepseek_v3", tmp_path))["position_embedding_type"] == "rope"
-
-
-@given(vocab=st.integers(1, 300_000), power=st.integers(0, 7))
-def test_padded_vocabulary(vocab: int, power: int) -> None:
-    padded = padded_vocab(vocab, 2**power)
-    assert padded == padded_vocab(vocab) and padded % 128 == 0 and 0 <= padded - vocab < 128
-
-
-def test_vocabulary_must_divide_over_tensor_ranks(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"layout\.tensor=3 does not divide the vocabulary of 128 rows"):
-        build("qwen3", tmp_path, layout={"tensor": 3})
 
 
 def test_number_formats(tmp_path: Path) -> None:
