@@ -31,7 +31,7 @@ main() {
     check_machine
     one_at_a_time
 
-    [[ -n "$kind" ]] || kind="$(cut -d ' ' -f 1 "$venv/.stamp-packages" 2>/dev/null || echo cpu)"
+    [[ -n "$kind" ]] || kind="$(kind_of_venv)"
     local wanted_packages wanted_project
     wanted_packages="$kind $(checksum "launch/lock/$kind.lock")"
     wanted_project="$root $(checksum pyproject.toml)"
@@ -61,6 +61,15 @@ one_at_a_time() {
     fi
 }
 
+kind_of_venv() {
+    if [[ -e "$venv/.stamp-packages" ]]; then
+        cut -d ' ' -f 1 "$venv/.stamp-packages"
+        return
+    fi
+    [[ ! -e /dev/nvidiactl ]] || say "this machine has an NVIDIA GPU: launch/setup.sh --gpu makes the environment that uses it"
+    echo cpu
+}
+
 checksum() { sha256sum "$1" | cut -d ' ' -f 1; }
 
 # A stamp is written when its part is whole and holds what the part was made from.
@@ -70,7 +79,7 @@ build_environment() {
     local kind="$1" stamp="$2" uv python
     uv="$(bring_uv)"
     python="$(bring_python "$uv")"
-    say "new environment with $python and $("$uv" --version)"
+    say "a new .venv, with $python and $("$uv" --version)"
     rm -rf "$partial" "$replaced"
     # Relocatable: it is moved into place when it is whole.
     "$uv" venv --quiet --relocatable --no-project --python "$python" "$partial"
@@ -108,7 +117,7 @@ install_gpu() {
     without_package "$source" <launch/lock/gpu.lock >"$others"
     install_packages "$uv" --only-binary :all: "$others" || return
     cuda="$("$partial/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13"
-    say "compiling $source (minutes; once, uv keeps the result)"
+    say "compiling $source, unless uv has it in its cache (a quarter of an hour on one core)"
     CUDA_HOME="$cuda" CPATH="$cuda/include/cccl" NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
         install_packages "$uv" --no-build-isolation launch/lock/gpu.lock
 }

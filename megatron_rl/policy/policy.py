@@ -260,7 +260,7 @@ class Policy:
             sum(s.length for s in sequences),
         ]
         totals = self.layout.sum_over_data(torch.tensor(counts, device=self.layout.device.torch_device)).tolist()
-        self.model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / max(totals[2], 1))
+        self.model.config.moe_grad_scale_func = lambda: torch.full((1,), 1.0 / max(totals[2], 1))  # [1], as Megatron's own
         return Divisors(sequences=totals[0], tokens=totals[1])
 
     def _reduce(self, results: list[ObjectiveResult]) -> tuple[float, dict[str, float]]:

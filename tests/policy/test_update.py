@@ -149,3 +149,25 @@ def test_clipping_and_rates(tmp_path: Path) -> None:
 def test_unequal_pack_counts_are_refused(tmp_path: Path) -> None:
     with opened(tiny_settings(tmp_path)) as policy, pytest.raises(ValueError, match=r"Policy\.pack"):
         policy.log_probs([])
+
+
+def test_auxiliary_loss_is_a_mean_over_real_tokens(tmp_path: Path) -> None:
+    """Megatron sums its balancing loss over tokens; here it is divided by the step's real tokens, whatever is padding.
+
+    Scoring before and after an update, and another policy in the same process, find the scale as they expect it.
+    """
+
+    def norm(coefficient: float, alignment: Alignment) -> float:
+        sections = {"moe": {"aux_loss_coefficient": coefficient}, "optimizer": {"lr": 0.0, "clip_grad": 0.0}}
+        with opened(tiny_settings(tmp_path, **sections)) as policy:
+            packs = [build_pack(SEQUENCES[:2], alignment)]
+            flat = [replace(s, scalars={"advantage": 0.0}) for s in packs[0].sequences]
+            report = policy.update([replace(packs[0], sequences=tuple(flat))], Spoiled(lambda loss: loss * 0.0))
+            policy.log_probs(packs)
+            return report.grad_norm
+
+    assert norm(0.0, Alignment(1, 1)) == 0.0
+    once = norm(1.0, Alignment(1, 1))
+    assert once > 0.0
+    assert norm(2.0, Alignment(1, 1)) == pytest.approx(2 * once, rel=1e-4)
+    assert norm(1.0, Alignment(16, 128)) == pytest.approx(once, rel=1e-4)
