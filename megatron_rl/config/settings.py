@@ -71,7 +71,7 @@ class MoeSettings(Section):
     aux_loss_coefficient: NonNegativeFloat = Field(
         0.0,
         description="Weight of the load-balancing auxiliary loss. Megatron takes it pack by pack: "
-        "alone among all settings, it makes results depend on how sequences are packed.",
+        "it makes results depend on how sequences are packed.",
     )
     z_loss_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the router z-loss.")
     expert_bias_update_rate: NonNegativeFloat = Field(
@@ -88,7 +88,8 @@ class PrecisionSettings(Section):
     )
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
         "blockwise",
-        description="One scale a tensor, of now (tensorwise) or of history (delayed), or one a block: blockwise 128, mxfp8 32.",
+        description="One scale a tensor (tensorwise; simulated, it depends on layout and packing) or a block: 128 (blockwise), "
+        "32 (mxfp8). delayed is refused: its ratios are not 1 on policy.",
     )
     fp8_skip_first_layers: NonNegativeInt = Field(0, description="First decoder layers that stay in bfloat16.")
     fp8_skip_last_layers: NonNegativeInt = Field(0, description="Last decoder layers that stay in bfloat16.")
@@ -137,6 +138,10 @@ class CheckpointSettings(Section):
     every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: PositiveInt = Field(2, description="Complete checkpoints kept; older ones are removed.")
     asynchronous: bool = Field(False, description="Write in the background while training goes on.")
+    allow_changes: tuple[str, ...] = Field(
+        (),
+        description="Settings (optimizer.lr) or sections (optimizer) that may differ from those of a loaded checkpoint.",
+    )
 
 
 class RunSettings(Section):

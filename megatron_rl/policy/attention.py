@@ -15,28 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-
-class _GatherRanks(torch.autograd.Function):
-    """[n, ...] on each rank -> [ranks, n, ...] everywhere; the gradient of a rank's part is summed over all who used it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad[ctx.group.rank()], None
+from megatron_rl.policy.collectives import GatherRanks
 
 
 def gather_zigzag(x: Tensor, boundaries: list[int], group: Any) -> list[Tensor]:
     """The whole of each sequence, in order, from every rank's two pieces of it. x: [tokens/cp, ...]."""
     ranks = group.size()
-    gathered = _GatherRanks.apply(x, group)  # [cp, tokens/cp, ...]
+    gathered = GatherRanks.apply(x, group)  # [cp, tokens/cp, ...]
     wholes = []
     for start, end in pairwise(boundaries):
         pieces = gathered[:, start // ranks : end // ranks].unflatten(1, (2, -1))  # [cp, 2, length/2cp, ...]

@@ -36,7 +36,6 @@ class PackTensors:
     columns: Mapping[str, Tensor]  # [local] each
     scalars: Mapping[str, Tensor]  # [sequences] each
     packed: PackedSeqParams
-    indices: Tensor  # [local] place of each local position in the whole pack
 
     def sum_sequences(self, values: Tensor, sum_over_context: Callable[[Tensor], Tensor]) -> Tensor:
         """Masked sum over each sequence: [local] -> [sequences]. Values outside the mask are never looked at."""
@@ -93,5 +92,4 @@ def pack_tensors(pack: Pack, layout: Layout, columns: Iterable[str] = (), scalar
         packed=PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
         ),
-        indices=torch.from_numpy(index).to(device),
     )

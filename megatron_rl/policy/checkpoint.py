@@ -13,8 +13,8 @@ import os
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from megatron_rl.policy.slices import Box, Slice, overlap, within
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+# What a folder step_N is called while it is not, or no longer, the checkpoint of step N. None of these is loaded, but for
+# one that was being replaced when the process died.
+PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned"
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -43,13 +45,34 @@ def step_folder(root: Path, step: int) -> Path:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first."""
-    return sorted(path for path in root.glob("step_*") if path.suffix != PARTIAL and (path / MANIFEST).is_file())
+    found = {path.name: path for path in root.glob("step_*") if (path / MANIFEST).is_file()}
+    whole = [path for path in found.values() if not path.suffix]
+    rescued = [path for path in found.values() if path.suffix == REPLACED and path.stem not in found]
+    return sorted(whole + rescued, key=lambda path: path.stem)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     found = complete_checkpoints(root)
     return found[-1] if found else None
+
+
+def _suffixed(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.stem + suffix)
+
+
+def _retire(folder: Path) -> None:
+    """Delete a checkpoint, never leaving half of it under a name that is loaded."""
+    gone = _suffixed(folder, DELETED)
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _set_aside(folder: Path) -> None:
+    """A checkpoint of a later step, from a history that was gone back on: kept, no longer the latest."""
+    shutil.rmtree(_suffixed(folder, ABANDONED), ignore_errors=True)
+    folder.rename(_suffixed(folder, ABANDONED))
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -59,6 +82,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 class Saving:
     """A save under way: this rank's file is being written, the manifest is not there yet."""
 
+    step: int
     folder: Path
     header: dict[str, Any]
     thread: threading.Thread
@@ -76,24 +100,26 @@ class CheckpointWriter:
         self._saving: Saving | None = None
 
     def save(self, step: int, slices: Iterable[Slice], header: Mapping[str, Any], *, asynchronous: bool = False) -> Path:
-        """Save; with `asynchronous` the files are written while training goes on, and `finish` completes the checkpoint."""
+        """Save. With `asynchronous` the files are written while training goes on: call `poll` after each step."""
         self.finish()
         final = step_folder(self.root, step)
-        partial = final.with_name(final.name + PARTIAL)
-        if self.layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.layout.barrier()
+        partial = _suffixed(final, PARTIAL)
+        self._on_main(lambda: self._prepare(final), f"{final} cannot be written")
         tensors, boxes = _stage([piece for piece in slices if piece.saved_here])
         written: dict[str, Any] = {"boxes": boxes}
         failure: list[BaseException] = []
         path = partial / f"rank_{self.layout.rank:05d}.safetensors"
         thread = threading.Thread(target=_write_file, args=(path, tensors, written, failure), name=f"save {final.name}")
-        self._saving = Saving(final, {"format": FORMAT, "step": step, **header}, thread, written, failure)
+        self._saving = Saving(step, final, {"format": FORMAT, "step": step, **header}, thread, written, failure)
         thread.start()
         if not asynchronous:
             self.finish()
         return final
+
+    def poll(self) -> None:
+        """Complete the save under way if every rank's file is written. Cheap when nothing is."""
+        if self._saving is not None and not self.layout.agree(self._saving.thread.is_alive()):
+            self.finish()
 
     def finish(self) -> None:
         """Complete the save under way, if there is one: wait for every rank's file, write the manifest, rename."""
@@ -105,25 +131,48 @@ class CheckpointWriter:
         if any(failures):
             rank = next(i for i, failure in enumerate(failures) if failure)
             raise CheckpointError(
-                f"{saving.folder} was not saved: rank {rank} could not write its file: {failures[rank]}. "
-                "Earlier checkpoints are untouched. Check the disk's space and permissions."
+                f"{saving.folder} was not saved: rank {rank} could not write its file: {failures[rank]}. Earlier checkpoints "
+                "are untouched. The folder must be shared by all machines, have space left, and be writable."
             )
-        written = self.layout.everyone_has(saving.written)
+        written = self.layout.main_has(saving.written)
+        self._on_main(lambda: self._commit(saving, written), f"{saving.folder} was not saved")
+
+    def _on_main(self, action: Callable[[], None], problem: str) -> None:
+        """Rank 0 does something to the folder; all ranks learn whether it went well."""
+        failure = None
         if self.layout.is_main:
-            self._commit(saving, written)
-        self.layout.barrier()
+            try:
+                action()
+            except (OSError, ValueError) as error:
+                failure = f"{problem}: {error!r}. Earlier checkpoints are untouched."
+        found = self.layout.everyone_has(failure)[0]
+        if found:
+            raise CheckpointError(found)
+
+    def _prepare(self, final: Path) -> None:
+        for suffix in (PARTIAL, DELETED):  # left behind by processes that died
+            for leftover in self.root.glob(f"step_*{suffix}"):
+                shutil.rmtree(leftover)
+        _suffixed(final, PARTIAL).mkdir(parents=True)
 
     def _commit(self, saving: Saving, written: list[dict[str, Any]]) -> None:
         manifest = {**saving.header, **_index(written)}
-        partial = saving.folder.with_name(saving.folder.name + PARTIAL)
+        partial = _suffixed(saving.folder, PARTIAL)
         with open(partial / MANIFEST, "w", encoding="utf-8") as file:
             json.dump(manifest, file)
             _flush(file)
-        shutil.rmtree(saving.folder, ignore_errors=True)
+        _flush_folder(partial)
+        if saving.folder.exists():
+            saving.folder.rename(_suffixed(saving.folder, REPLACED))
         partial.rename(saving.folder)
         _flush_folder(self.root)
-        for old in complete_checkpoints(self.root)[: -self.keep_last]:
-            shutil.rmtree(old)
+        shutil.rmtree(_suffixed(saving.folder, REPLACED), ignore_errors=True)
+        known = complete_checkpoints(self.root)
+        place = known.index(saving.folder)
+        for later in known[place + 1 :]:
+            _set_aside(later)
+        for old in known[: place + 1][: -self.keep_last]:
+            _retire(old)
 
 
 def _stage(slices: list[Slice]) -> tuple[dict[str, Tensor], list[Any]]:
@@ -143,6 +192,7 @@ def _write_file(path: Path, tensors: dict[str, Tensor], written: dict[str, Any],
         with open(path, "rb+") as file:
             _flush(file)
             written["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        _flush_folder(path.parent)
         written["file"], written["bytes"] = path.name, path.stat().st_size
     except BaseException as error:  # it is raised on every rank by `finish`
         failure.append(error)
@@ -173,7 +223,7 @@ def _index(written: list[dict[str, Any]]) -> dict[str, Any]:
             filled[name] += math.prod(size)
     for name, entry in tensors.items():
         if filled[name] != math.prod(entry["shape"]):
-            raise CheckpointError(f"{name} is saved as {filled[name]} numbers but has {math.prod(entry['shape'])}")
+            raise ValueError(f"{name} is saved as {filled[name]} numbers but has {math.prod(entry['shape'])}")
     return {"files": files, "tensors": tensors}
 
 
@@ -212,7 +262,8 @@ class Checkpoint:
         found = [problem for problems in layout.everyone_has(damage) for problem in problems]
         if found:
             raise CheckpointError(
-                f"checkpoint {self.folder} is damaged: {'; '.join(found)}. Use an older checkpoint, or restore the file."
+                f"checkpoint {self.folder} is damaged: {'; '.join(found)}. "
+                "Restore the file, or move the folder away: the checkpoint before it is then the latest."
             )
 
     def fill(self, slices: Iterable[Slice], layout: Layout) -> None:
@@ -237,6 +288,8 @@ class Checkpoint:
             return f"it has no tensor {piece.name}"
         if tuple(entry["shape"]) != tuple(piece.shape):
             return f"{piece.name} has shape {entry['shape']}, the model wants {list(piece.shape)}"
+        if entry["dtype"] != str(piece.tensor.dtype):
+            return f"{piece.name} is {entry['dtype']}, the model wants {piece.tensor.dtype}"
         sources = []
         for file, key, offset, size in entry["boxes"]:
             box = (tuple(offset), tuple(size))
@@ -289,9 +342,9 @@ def versions() -> dict[str, str]:
     return {"megatron-rl": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
 
 
-def differences(saved: Mapping[str, Any], current: Any) -> list[str]:
-    """Fields of two descriptions (a saved dictionary, a dataclass) that differ, in words."""
-    now = json.loads(json.dumps(asdict(current)))
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Fields that differ between what a manifest says and what would be written into it now, in words."""
+    now = json.loads(json.dumps(current))
     return [
         f"{name}: {saved.get(name)!r} in the checkpoint, {now.get(name)!r} in the settings"
         for name in sorted({*saved, *now})

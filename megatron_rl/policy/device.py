@@ -70,7 +70,7 @@ def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int 
             "device.kind=cpu on a machine with CUDA: Megatron-core would pick the GPU by itself. "
             "Hide the GPUs from this process (CUDA_VISIBLE_DEVICES=) or leave device.kind=auto."
         )
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // local_ranks)
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(threads)
     adapt_to_cpu()
     return Device("cpu", CPU, "gloo", transformer_engine=False)

@@ -38,6 +38,8 @@ class LogProbHead:
         context: Wanted,
         **_: Any,
     ) -> Tensor:
+        for wait_for_weights in output_layer._forward_pre_hooks.values():  # what a call of the module would have done
+            wait_for_weights(output_layer, ())
         weight = output_layer.weight if output_weight is None else output_weight  # [vocab/tp, hidden]
         sequence_parallel = self.layout.settings.sequence_parallel_on
         group = self.layout.groups.tp

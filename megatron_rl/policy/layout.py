@@ -1,14 +1,14 @@
 """The parallel layout in being: every process group, size and rank question is answered here.
 
-`Layout.open` starts torch.distributed and Megatron's process groups from the settings; after that nobody else asks
-torch.distributed or parallel_state anything. Groups are handed to Megatron explicitly.
+`Layout.open` starts torch.distributed and Megatron's process groups from the settings; after that nobody else
+makes a group or asks for a rank. Groups are handed to Megatron, and to the collectives of `policy/collectives.py`.
 """
 
 import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.settings import LayoutSettings, Settings
+from megatron_rl.policy.collectives import sum_of_own_parts
 from megatron_rl.policy.device import Device, open_device
 
 START_TIMEOUT = datetime.timedelta(minutes=30)
@@ -146,7 +147,7 @@ class Layout:
         Every context rank computes the same loss from the sum, and gradients are summed over context ranks at the end of
         the backward pass; each rank's own part therefore receives the gradient as it stands.
         """
-        return cast(torch.Tensor, _ReduceForward.apply(values, self.groups.cp)) if self.groups.cp.size() > 1 else values
+        return sum_of_own_parts(values, self.groups.cp)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the model replicas, in place."""
@@ -176,22 +177,20 @@ class Layout:
     def barrier(self) -> None:
         dist.barrier()
 
+    def main_has(self, value: Any) -> list[Any]:
+        """Gather a Python object from all ranks to the main one; others get an empty list."""
+        values: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, dst=0)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Give every rank the main one's small Python object."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def everyone_has(self, value: Any) -> list[Any]:
         """Gather a small Python object from all ranks."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-
-class _ReduceForward(torch.autograd.Function):
-    """All-reduce forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_rl.policy.collectives import sum_over_ranks
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight says that its gradient is partial under sequence parallelism, as Megatron expects."""
@@ -44,7 +46,7 @@ class FullWidthRMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., heads/tp, head_dim], normalised over heads and head_dim of all tensor ranks."""
         local = x.flatten(-2).float()  # [..., heads/tp * head_dim]
-        square_sum = _sum_over_tensor_ranks(local.square().sum(-1, keepdim=True), self.group)
+        square_sum = sum_over_ranks(local.square().sum(-1, keepdim=True), self.group)
         normed = local * torch.rsqrt(square_sum / self.weight.numel() + self.eps)
         start = self.group.rank() * local.size(-1)
         return (normed.to(x.dtype) * self.weight[start : start + local.size(-1)]).view_as(x)
@@ -55,27 +57,6 @@ class FullWidthRMSNorm(torch.nn.Module):
         state = self.state_dict(prefix="", keep_vars=True)
         dp_cp = (metadata or {}).get("dp_cp_group")
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets, tp_group=self.group, dp_cp_group=dp_cp)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose every input feeds every rank's output: the gradient is summed back over ranks too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        torch.distributed.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def _sum_over_tensor_ranks(x: Tensor, group: Any) -> Tensor:
-    return x if group.size() == 1 else _SumOverRanks.apply(x, group)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):

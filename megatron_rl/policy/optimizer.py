@@ -103,21 +103,28 @@ class Optimizer:
                 yield ParameterState(names[parameter], start, stop, tensors)
 
     def set_steps_taken(self, steps: int) -> None:
-        """Adam's own count of steps (its bias correction), which upstream keeps per tensor or per group."""
+        """Set Adam's own count of steps (its bias correction) after a load."""
         for optimizer in self._parts():
-            for group in optimizer.optimizer.param_groups:
-                if "step" in group:
-                    group["step"] = steps
-            for state in optimizer.optimizer.state.values():
-                if "step" in state:
-                    state["step"] = torch.as_tensor(float(steps), dtype=torch.float32)
-
-    def refresh_masters(self) -> None:
-        """Set float32 masters from the weights, after weights were loaded without them."""
-        self.chained.reload_model_params()
+            set_adam_steps(optimizer.optimizer, steps)
 
     def _parts(self) -> list[Any]:
         return [part for part in self.chained.chained_optimizers if not part.is_stub_optimizer and part.get_parameters()]
+
+
+def counts_per_tensor(inner: Any) -> bool:
+    """torch's Adam counts steps in each tensor's state; fused ones (Transformer Engine's, apex's) in the group."""
+    return isinstance(inner, torch.optim.Adam)
+
+
+def set_adam_steps(inner: Any, steps: int) -> None:
+    """Fused Adams make their count at the first step and start from 1 when they find none: so it is made here."""
+    if counts_per_tensor(inner):
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(steps))
+    else:
+        for group in inner.param_groups:
+            if group["params"] and steps:
+                group["step"] = steps
 
 
 def _create_moments(optimizer: Any) -> None:
@@ -126,7 +133,7 @@ def _create_moments(optimizer: Any) -> None:
     for group in inner.param_groups:
         for tensor in group["params"]:
             state = inner.state[tensor]
-            if "step" not in group and "step" not in state:
+            if counts_per_tensor(inner) and "step" not in state:
                 state["step"] = torch.tensor(0.0)
             for moment in MOMENTS:
                 if moment not in state:

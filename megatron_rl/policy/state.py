@@ -1,5 +1,6 @@
 """Saving and loading a whole policy: weights, optimizer, schedule position, random state."""
 
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +16,11 @@ from megatron_rl.policy.device import Device
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import Slice, model_slices, optimizer_slices
 
-MUST_MATCH = ("precision.dtype",)  # settings that a checkpoint's numbers depend on; the layout is not among them
+# Settings that a run's numbers depend on and that a checkpoint therefore must share, unless checkpoint.allow_changes names
+# them. Left out on purpose: the layout, packing, recomputation, machine, folders and number of steps.
+MUST_MATCH = ("policy.temperature", "moe", "precision", "optimizer", "run.seed")
+MAY_DIFFER = ("moe.dispatcher",)
+logger = logging.getLogger(__name__)
 
 
 def state_slices(policy: Policy) -> Iterator[Slice]:
@@ -43,35 +48,53 @@ def save_policy(writer: CheckpointWriter, policy: Policy, *, asynchronous: bool 
 def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     """Set the policy to a checkpoint's state, saved under this layout or another.
 
-    Random state returns only under the same layout: it belongs to ranks. With `verify`, checksums are checked first.
+    Random state returns only under the same layout: it belongs to ranks. With `verify`, checksums are checked first. Every
+    rank must name the same checkpoint.
     """
+    named = policy.layout.everyone_has(str(folder))
+    if len(set(named)) > 1:
+        raise CheckpointError(f"ranks would load different checkpoints: {', '.join(sorted(set(named)))}. Is the folder shared?")
     checkpoint = Checkpoint(folder)
-    _require_same_model(policy, checkpoint)
+    _require_same_run(policy, checkpoint)
     if verify:
         checkpoint.verify(policy.layout)
     checkpoint.fill(state_slices(policy), policy.layout)
     policy.steps = int(checkpoint.manifest["steps"])
     policy.skipped = int(checkpoint.manifest["skipped"])
     policy.optimizer.set_steps_taken(policy.steps)
-    saved_layout = checkpoint.manifest["settings"]["layout"]
-    same_layout = saved_layout == policy.settings.model_dump(mode="json")["layout"]
-    if same_layout and checkpoint.manifest["world_size"] == policy.layout.world_size:
+    if _same_ranks(policy, checkpoint):
         states = _random_slices(policy)
         checkpoint.fill(states, policy.layout)
         _set_random_states(policy.layout.device, {piece.name: piece.tensor for piece in states})
+    elif policy.layout.is_main:
+        logger.warning("%s was saved under another layout: random generators start afresh", folder)
 
 
-def _require_same_model(policy: Policy, checkpoint: Checkpoint) -> None:
-    problems = [f"architecture.{text}" for text in differences(checkpoint.manifest["architecture"], policy.architecture)]
-    now = policy.settings.model_dump(mode="json")
+def _same_ranks(policy: Policy, checkpoint: Checkpoint) -> bool:
+    """Does each rank have the place that it had when the checkpoint was saved?"""
+    sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    saved, now = checkpoint.manifest["settings"]["layout"], policy.settings.model_dump(mode="json")["layout"]
+    same_sizes = all(saved[name] == now[name] for name in sizes)
+    return same_sizes and checkpoint.manifest["world_size"] == policy.layout.world_size
+
+
+def _require_same_run(policy: Policy, checkpoint: Checkpoint) -> None:
+    shape = differences(checkpoint.manifest["architecture"], asdict(policy.architecture))
+    problems = [f"architecture.{text}" for text in shape]
+    allowed = (*MAY_DIFFER, *policy.settings.checkpoint.allow_changes)
+    saved, now = checkpoint.manifest["settings"], policy.settings.model_dump(mode="json")
     for name in MUST_MATCH:
-        section, field = name.split(".")
-        saved = checkpoint.manifest["settings"][section][field]
-        if saved != now[section][field]:
-            problems.append(f"{name}: {saved!r} in the checkpoint, {now[section][field]!r} in the settings")
+        section, _, field = name.partition(".")
+        for text in differences(saved[section], now[section]):
+            full = f"{section}.{text.split(':')[0]}"
+            if (not field or full == name) and not any(full == given or full.startswith(f"{given}.") for given in allowed):
+                problems.append(f"{section}.{text}")
     if problems:
         listing = "\n  ".join(problems)
-        raise CheckpointError(f"checkpoint {checkpoint.folder} is of another model than the settings describe:\n  {listing}")
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} is of another run than the settings describe:\n  {listing}\n"
+            "Set them as they were, or name what is meant to change: checkpoint.allow_changes=[optimizer.lr]"
+        )
 
 
 # -- random state ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def start_local_ranks(ranks: int, arguments: Sequence[str]) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = [sys.executable, "-m", "megatron_rl.cli", *arguments]
     signal.signal(signal.SIGTERM, _leave)
     processes: list[subprocess.Popen[bytes]] = []

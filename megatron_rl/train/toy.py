@@ -16,7 +16,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.sft import SupervisedLoss
-from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint
+from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint, step_folder
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.state import load_policy, save_policy
@@ -45,10 +45,10 @@ def main(settings: Settings, *, resume: bool = False) -> None:
     launch = Launch.from_environment()
     console = Console(quiet=launch.rank != 0)
     checkpoints = settings.run.directory / "checkpoints"
-    latest = latest_checkpoint(checkpoints)
-    if latest and not resume:
+    present = latest_checkpoint(checkpoints)
+    if present and not resume:
         raise SettingsError(
-            f"run.directory={settings.run.directory} already holds {latest.name}. Continue with --resume, or choose another."
+            f"run.directory={settings.run.directory} already holds {present.name}. Continue with --resume, or choose another."
         )
     policy = Policy.open(settings, launch)
     if policy.architecture.vocab < MODULUS + STEP_SIZES:
@@ -59,6 +59,7 @@ def main(settings: Settings, *, resume: bool = False) -> None:
         settings.run.directory.mkdir(parents=True, exist_ok=True)
         (settings.run.directory / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
     writer = CheckpointWriter(checkpoints, policy.layout, settings.checkpoint.keep_last)
+    latest = policy.layout.from_main(present)
     if latest:
         load_policy(policy, latest)
         console.print(f"continuing from {latest}")
@@ -69,7 +70,6 @@ def main(settings: Settings, *, resume: bool = False) -> None:
     before = _held_out_loss(policy, settings)
     _train(policy, settings, writer, console)
     after = _held_out_loss(policy, settings)
-    save_policy(writer, policy)
     console.print(f"held-out loss {before:.3f} → {after:.3f} nats a token (guessing: {np.log(MODULUS):.3f})")
     console.print(f"settings, metrics and checkpoints are in {settings.run.directory}")
     policy.close()
@@ -86,9 +86,13 @@ def _train(policy: Policy, settings: Settings, writer: CheckpointWriter, console
             if policy.layout.is_main:
                 _append(metrics_path, report)
             progress.update(task, advance=1, loss=report.metrics["negative_log_likelihood"])
-            if every and policy.steps % every == 0:
+            writer.poll()
+            if every and report.applied and policy.steps % every == 0:
                 save_policy(writer, policy, asynchronous=settings.checkpoint.asynchronous)
     writer.finish()
+    last = latest_checkpoint(writer.root)
+    if policy.layout.from_main(last is None or last.name != step_folder(writer.root, policy.steps).name):
+        save_policy(writer, policy)
 
 
 def _batch(settings: Settings, step: int) -> list[Sequence]:

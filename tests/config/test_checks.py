@@ -174,13 +174,9 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, f"{FP8} precision.dtype=float32",
         "transformer_engine with precision.dtype = float32", "precision.dtype=bfloat16",
     ),
-    "simulated delayed scaling": (
-        "dense", 1, f"{SIMULATED} precision.fp8_recipe=delayed",
-        "precision.fp8_recipe = delayed: the history of maxima", "precision.fp8_recipe to tensorwise, blockwise or mxfp8",
-    ),
-    "delayed scaling that skips": (
-        "dense", 1, f"{FP8} precision.fp8_recipe=delayed precision.fp8_skip_last_layers=1",
-        "precision.fp8_skip_last_layers = 1: Megatron's delayed", "Set both to 0",
+    "delayed scaling": (
+        "dense", 1, f"{FP8} precision.fp8_recipe=delayed",
+        "precision.fp8_recipe = delayed: scales out of a history", "precision.fp8_recipe to tensorwise, blockwise or mxfp8",
     ),
     "no FP8 layer left": (
         "dense", 1, f"{SIMULATED} precision.fp8_skip_first_layers=4 precision.fp8_skip_last_layers=4",
@@ -238,10 +234,6 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
     "more recomputed layers than a chunk has": (
         "dense", 4, "layout.pipeline=4 recompute.mode=full recompute.method=block recompute.layers=3",
         "recompute.layers = 3 with recompute.method = block: no rank runs more than 2 layers", "at most 2",
-    ),
-    "recomputed under delayed scaling": (
-        "dense", 1, f"{FP8} precision.fp8_recipe=delayed recompute.mode=selective recompute.modules=[layernorm]",
-        "recompute.modules contains layernorm with precision.fp8_recipe = delayed", "Remove them from recompute.modules",
     ),
 }  # fmt: skip
 

@@ -139,6 +139,8 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if origin is tuple:
         return st.lists(values_of(arguments[0]), max_size=5).map(tuple)
+    if annotation is str:
+        return st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     if annotation is Path:
         return PATHS.filter(lambda path: not path.exists())
     if annotation is bool:

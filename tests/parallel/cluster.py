@@ -4,6 +4,7 @@ Starting ranks costs ten seconds and more of imports; a test here costs only its
 machine without a GPU. A job is a function of this package that every rank calls with its `Launch`.
 """
 
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -41,10 +42,27 @@ def _serve(rank: int, pipe: Connection) -> None:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             launch = Launch(rank, world_size, rank, world_size)
             result = getattr(importlib.import_module(module), function)(launch, **arguments)
-            dist.destroy_process_group()
+            _forget_groups()
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _forget_groups() -> None:
+    """Leave the groups and whatever still holds them: each keeps threads of gloo's alive, hundreds a job."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    for wrapped in [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]:
+        wrapped.__dict__.clear()  # autograd's hooks hold it, it holds the model, the model holds autograd's graph
+    parallel_state.destroy_model_parallel()
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # keyed by the module, which knows its group
+    gc.collect()
+    dist.destroy_process_group()
 
 
 class Cluster:

@@ -2,22 +2,27 @@
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel import mappings
 from numpy.typing import NDArray
 
+from megatron_rl.config.errors import CheckpointError
 from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.base import Objective
 from megatron_rl.objectives.gspo import SequencePolicyLoss
 from megatron_rl.objectives.sft import SupervisedLoss
+from megatron_rl.policy import model
 from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint
 from megatron_rl.policy.device import adapt_to_cpu
 from megatron_rl.policy.layout import Launch
@@ -96,9 +101,16 @@ def toy_sequences(seed: int, count: int, vocab: int, longest: int) -> list[Token
 
 
 def train(
-    launch: Launch, settings: dict[str, Any], sequences: Sequence[TokenSequence], steps: int, objective: str
+    launch: Launch,
+    settings: dict[str, Any],
+    sequences: Sequence[TokenSequence],
+    steps: int,
+    objective: str,
+    bucket_size: int | None = None,
 ) -> Trained | None:
-    """Score, then take some steps on the same sequences. Returned on rank 0."""
+    """Score, then take some steps on the same sequences. Returned on rank 0. `bucket_size` replaces Megatron's 40 million."""
+    if bucket_size is not None:
+        setattr(model, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, bucket_size=bucket_size))  # noqa: B010
     policy = Policy.open(Settings(**settings), launch)
     packs = policy.pack(sequences)
     scored = policy.log_probs(packs, entropy=True)
@@ -117,6 +129,7 @@ def train(
     old = {"old": [values.log_probs for values in scored]}
     reports = [policy.update(packs, losses[objective], old) for _ in range(steps)]
     policy.optimizer.gather_weights()
+    setattr(model, "DistributedDataParallelConfig", DistributedDataParallelConfig)  # noqa: B010
     weights = gather(policy, model_slices(policy.model, policy.layout))
     moments = gather(policy, optimizer_slices(policy.model, policy.optimizer.states(), policy.layout))
     everyone: list[Any] = [None] * launch.world_size
@@ -166,19 +179,54 @@ def train_from(
     return Trained({}, {}, losses, norms, [], {}, weights, moments) if launch.rank == 0 else None
 
 
-def die_while_saving(launch: Launch, settings: dict[str, Any], sequences: Sequence[TokenSequence], root: Path) -> None:
-    """Load, step, and be killed when this rank's file is written and the manifest is not."""
+def die_while_saving(launch: Launch, settings: dict[str, Any], sequences: Sequence[TokenSequence], root: Path, at: str) -> None:
+    """Load, step, and be killed with -9 at some instant of the save: when this rank's file is written, before the folder is
+    renamed, while the folder of the same step is replaced, or while an old one is deleted."""
     policy = Policy.open(Settings(**settings), launch)
     latest = latest_checkpoint(root)
     assert latest is not None
     load_policy(policy, latest)
-    policy.update(policy.pack(sequences), SupervisedLoss())
-    writer = CheckpointWriter(root, policy.layout, keep_last=2)
-    save_policy(writer, policy, asynchronous=True)
-    assert writer._saving is not None
-    writer._saving.thread.join()
-    policy.layout.barrier()
-    os.kill(os.getpid(), signal.SIGKILL)
+    if at != "replacing":
+        policy.update(policy.pack(sequences), SupervisedLoss())
+    writer = CheckpointWriter(root, policy.layout, keep_last=1)
+    if at == "file written":
+        save_policy(writer, policy, asynchronous=True)
+        assert writer._saving is not None
+        writer._saving.thread.join()
+        policy.layout.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename, remove = Path.rename, shutil.rmtree
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    def remove_half(path: Path, **options: Any) -> None:
+        if path.exists() and path.suffix == ".deleted":
+            next(path.glob("rank_*")).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        remove(path, **options)
+
+    if at == "deleting":
+        shutil.rmtree = remove_half  # type: ignore[assignment]
+    else:
+        Path.rename = rename_or_die  # type: ignore[method-assign, assignment]
+    save_policy(writer, policy)
+
+
+def fail_to_save(launch: Launch, settings: dict[str, Any], root: Path, rank: int) -> str:
+    """One rank cannot write; what every rank is told."""
+    policy = Policy.open(Settings(**settings), launch)
+    if launch.rank == rank:
+        root = root / "a_file" / "below"
+        root.parent.write_text("not a folder")
+    writer = CheckpointWriter(root, policy.layout, keep_last=1)
+    try:
+        save_policy(writer, policy)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
 
 
 def uneven_gather(launch: Launch, key: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_rl.policy.checkpoint import latest_checkpoint
 from tests.parallel.cluster import Cluster
 from tests.parallel.jobs import Trained, toy_sequences
 from tests.reference.tiny import write_tiny_config
@@ -76,8 +77,9 @@ def test_same_layout_continues_identically(asynchronous: bool, cluster: Cluster,
         np.testing.assert_array_equal({**rest.weights, **rest.moments}[name], expected, err_msg=name)
 
 
-def test_killed_save_leaves_the_checkpoint_before(cluster: Cluster, tmp_path: Path) -> None:
-    """Ranks are killed with -9 while the second checkpoint is being written; the first still loads, and is the latest."""
+@pytest.mark.parametrize("at", ["file written", "renaming", "replacing", "deleting"])
+def test_killed_save_leaves_a_checkpoint(at: str, cluster: Cluster, tmp_path: Path) -> None:
+    """Ranks are killed with -9 at several instants of a save: a complete checkpoint still loads, and training goes on."""
     layout = settings(tmp_path, {"expert": 2}, "float32")
     first = train(cluster, 2, settings=layout, steps=1, root=tmp_path, save=True)
     with pytest.raises(RuntimeError, match="died"):
@@ -87,11 +89,24 @@ def test_killed_save_leaves_the_checkpoint_before(cluster: Cluster, tmp_path: Pa
             settings=layout,
             sequences=toy_sequences(0, 7, 120, 40),
             root=tmp_path,
+            at=at,
         )
-    leftovers = sorted(path.name for path in tmp_path.glob("step_*"))
-    assert leftovers == ["step_00000001", "step_00000002.partial"]
+    latest = latest_checkpoint(tmp_path)
+    names = {"deleting": "step_00000002", "replacing": "step_00000001.replaced"}
+    assert latest is not None and latest.name == names.get(at, "step_00000001")
     again = train(cluster, 2, settings=layout, steps=0, root=tmp_path, load=True)
-    for name, expected in first.weights.items():
-        np.testing.assert_array_equal(again.weights[name], expected, err_msg=name)
-    train(cluster, 2, settings=layout, steps=1, root=tmp_path, load=True, save=True)  # the leftover is in nobody's way
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000002"]
+    if at != "deleting":
+        for name, expected in first.weights.items():
+            np.testing.assert_array_equal(again.weights[name], expected, err_msg=name)
+    train(cluster, 2, settings=layout, steps=2, root=tmp_path, load=True, save=True)  # leftovers are in nobody's way
+    assert not [path for path in tmp_path.glob("step_*") if path.suffix in (".partial", ".deleted")]
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == ("step_00000004" if at == "deleting" else "step_00000003")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_is_told_to_all(rank: int, cluster: Cluster, tmp_path: Path) -> None:
+    layout = settings(tmp_path, {"expert": 2}, "float32")
+    told = cluster.run("tests.parallel.jobs:fail_to_save", 2, settings=layout, root=tmp_path, rank=rank)
+    assert told[0] == told[1] and "Earlier checkpoints are untouched" in told[0]
+    assert latest_checkpoint(tmp_path) is None

@@ -47,7 +47,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def run(cluster: Cluster, folder: Path, model: str, ranks: int, sections: dict[str, Any]) -> Trained:
+def run(
+    cluster: Cluster, folder: Path, model: str, ranks: int, sections: dict[str, Any], bucket_size: int | None = None
+) -> Trained:
     settings: dict[str, Any] = {
         "policy": {"config": write_tiny_config(model, folder), "seed": 1},
         "precision": {"dtype": "float32"},
@@ -57,12 +59,29 @@ def run(cluster: Cluster, folder: Path, model: str, ranks: int, sections: dict[s
         "run": {"steps": STEPS},
         **sections,
     }
-    settings["moe"] = {"expert_bias_update_rate": 1e-3, **settings.get("moe", {})}
+    if model in MODELS:
+        settings["moe"] = {"expert_bias_update_rate": 1e-3, **settings.get("moe", {})}
     sequences = toy_sequences(0, 11, 120, 40)
     result: Trained = cluster.run(
-        "tests.parallel.jobs:train", ranks, settings=settings, sequences=sequences, steps=STEPS, objective="gspo"
+        "tests.parallel.jobs:train",
+        ranks,
+        settings=settings,
+        sequences=sequences,
+        steps=STEPS,
+        objective="gspo",
+        bucket_size=bucket_size,
     )[0]
     return result
+
+
+def test_tied_and_overlapped_in_small_buckets(cluster: Cluster, tmp_path: Path) -> None:
+    """Weights arrive bucket by bucket while the next forward pass runs: whoever reads them must wait for them."""
+    layout = {"pipeline": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    expected = run(cluster, tmp_path, "qwen2", 1, {})
+    actual = run(cluster, tmp_path, "qwen2", 4, {"layout": layout}, bucket_size=4000)
+    np.testing.assert_allclose(actual.losses, expected.losses, rtol=TOLERANCE, atol=1e-6)
+    assert worst(actual.gradients, expected.gradients)[0] < (TOLERANCE,)
+    assert worst(actual.weights, expected.weights)[0] < (TOLERANCE,)
 
 
 @pytest.fixture(scope="module")

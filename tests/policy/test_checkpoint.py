@@ -13,6 +13,7 @@ import torch
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.objectives.sft import SupervisedLoss
 from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter, complete_checkpoints, latest_checkpoint
+from megatron_rl.policy.optimizer import set_adam_steps
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import load_policy, save_policy, state_slices
 from tests.parallel.jobs import toy_sequences
@@ -160,6 +161,62 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
         assert policy.steps == 4
         for piece in state_slices(policy):
             assert torch.equal(piece.tensor, states[piece.name + str(piece.offset)]), piece.name
+
+
+def test_background_save_completes_while_training(tmp_path: Path) -> None:
+    with opened(tiny_settings(tmp_path)) as policy:
+        writer = CheckpointWriter(tmp_path, policy.layout, keep_last=2)
+        save_policy(writer, policy, asynchronous=True)
+        assert writer._saving is not None
+        writer._saving.thread.join()
+        assert latest_checkpoint(tmp_path) is None  # written, and not yet declared complete
+        writer.poll()
+        assert latest_checkpoint(tmp_path) is not None
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    """Loading an older checkpoint and saving again: the abandoned steps are kept, and never the latest."""
+    with opened(tiny_settings(tmp_path)) as policy:
+        writer = CheckpointWriter(tmp_path, policy.layout, keep_last=3)
+        packs = policy.pack(toy_sequences(0, 3, 120, 20))
+        folders = []
+        for _ in range(3):
+            policy.update(packs, SupervisedLoss())
+            folders.append(save_policy(writer, policy))
+        load_policy(policy, folders[0])
+        policy.update(packs, SupervisedLoss())
+        writer = CheckpointWriter(tmp_path, policy.layout, keep_last=1)
+        assert save_policy(writer, policy) == latest_checkpoint(tmp_path) == folders[1]
+    names = sorted(path.name for path in tmp_path.glob("step_*"))
+    assert names == ["step_00000002", "step_00000003.abandoned"]
+
+
+def test_steps_of_fused_adam_are_counted_in_the_group() -> None:
+    """Transformer Engine's and apex's Adam start from 1 unless the group says how many steps were taken."""
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    class Fused(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([weight], {})
+
+    fused, plain = Fused(), torch.optim.AdamW([weight])
+    plain.state[weight]["step"] = torch.tensor(0.0)
+    for inner in (fused, plain):
+        set_adam_steps(inner, 7)
+    assert fused.param_groups[0]["step"] == 7 and not fused.state
+    assert plain.state[weight]["step"].item() == 7 and "step" not in plain.param_groups[0]
+
+
+def test_settings_that_may_change_are_named(saved: Path, tmp_path: Path) -> None:
+    changed: dict[str, Any] = {"optimizer": {"lr": 0.5, "beta1": 0.5}, "run": {"steps": 7}}
+    with opened(tiny_settings(tmp_path, **changed)) as policy, pytest.raises(CheckpointError) as caught:
+        load_policy(policy, saved)
+    text = str(caught.value)
+    assert "optimizer.lr: 0.001 in the checkpoint, 0.5 in the settings" in text and "optimizer.beta1: 0.9" in text
+    assert "run.steps" not in text and "checkpoint.allow_changes" in text
+    with opened(tiny_settings(tmp_path, checkpoint={"allow_changes": ["optimizer"]}, **changed)) as policy:
+        load_policy(policy, saved)
+        assert policy.steps == 1
 
 
 def test_failed_write_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

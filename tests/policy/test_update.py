@@ -158,8 +158,8 @@ def test_auxiliary_loss_is_a_mean_over_real_tokens(tmp_path: Path) -> None:
     """
 
     def norm(coefficient: float, alignment: Alignment) -> float:
-        sections = {"moe": {"aux_loss_coefficient": coefficient}, "optimizer": {"lr": 0.0, "clip_grad": 0.0}}
-        with opened(tiny_settings(tmp_path, **sections)) as policy:
+        settings = tiny_settings(tmp_path, moe={"aux_loss_coefficient": coefficient}, optimizer={"lr": 0.0, "clip_grad": 0.0})
+        with opened(settings) as policy:
             packs = [build_pack(SEQUENCES[:2], alignment)]
             flat = [replace(s, scalars={"advantage": 0.0}) for s in packs[0].sequences]
             report = policy.update([replace(packs[0], sequences=tuple(flat))], Spoiled(lambda loss: loss * 0.0))

@@ -86,18 +86,6 @@ def recomputed_layers_fit_a_chunk(case: Case) -> Iterator[str]:
         )
 
 
-def delayed_scaling_keeps_activations(case: Case) -> Iterator[str]:
-    precision, recompute = case.settings.precision, case.settings.recompute
-    delayed = precision.fp8 == "transformer_engine" and precision.fp8_recipe == "delayed"
-    clashing = [module for module in ("moe_act", "layernorm") if module in recompute.modules and recompute.mode == "selective"]
-    if delayed and clashing:
-        yield problem(
-            f"recompute.modules contains {' and '.join(clashing)} with precision.fp8_recipe = delayed",
-            "Megatron cannot recompute these under delayed scaling, a second pass would enter the history twice",
-            "Remove them from recompute.modules, or choose another precision.fp8_recipe",
-        )
-
-
 RULES: tuple[Rule, ...] = (
     learning_rate_falls,
     warmup_ends_before_the_decay,
@@ -105,5 +93,4 @@ RULES: tuple[Rule, ...] = (
     recomputed_modules_are_named,
     recomputed_modules_exist,
     recomputed_layers_fit_a_chunk,
-    delayed_scaling_keeps_activations,
 )
