@@ -108,5 +108,6 @@ def test_killed_save_leaves_a_checkpoint(at: str, cluster: Cluster, tmp_path: Pa
 def test_a_rank_that_cannot_write_is_told_to_all(rank: int, cluster: Cluster, tmp_path: Path) -> None:
     layout = settings(tmp_path, {"expert": 2}, "float32")
     told = cluster.run("tests.parallel.jobs:fail_to_save", 2, settings=layout, root=tmp_path, rank=rank)
-    assert told[0] == told[1] and "Earlier checkpoints are untouched" in told[0]
+    problem = {0: "cannot be written: NotADirectoryError", 1: "rank 1 could not write its file"}[rank]
+    assert all(problem in text and "Earlier checkpoints are untouched" in text for text in told)
     assert latest_checkpoint(tmp_path) is None
