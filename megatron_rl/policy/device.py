@@ -152,6 +152,17 @@ def _gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
+def _share_storage(_: Any) -> Callable[[], Callable[[torch.Tensor, torch.Tensor], None]]:
+    """Recomputed activations copied into the storage that was emptied of them, below autograd's eyes."""
+
+    def share(emptied: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source, target = recomputed.untyped_storage(), emptied.untyped_storage()
+        target.resize_(source.nbytes())
+        target.copy_(source)
+
+    return lambda: share
+
+
 @dataclass(frozen=True)
 class Patch:
     """One name of torch or Megatron-core that means something else without CUDA."""
@@ -209,6 +220,12 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "_gather_along_first_dim",
         "With expert and expert-tensor parallelism ranks gather different numbers of tokens, which gloo refuses.",
         _gather_uneven,
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "_get_share_storage",
+        "Selective recomputation would compile a C++ extension, behind a lock that a killed process leaves closed for good.",
+        _share_storage,
     ),
     Patch(
         "megatron.core.tensor_parallel.random:CheckpointWithoutOutput",

@@ -34,6 +34,17 @@ def recompute_part(folder: Path) -> None:
     train(folder, recompute={"mode": "selective", "modules": ["moe_act"]})
 
 
+def recompute_without_a_compiler(folder: Path) -> None:
+    def no_compiler(**_: Any) -> None:
+        raise RuntimeError("c++: not found")
+
+    module = importlib.import_module(TRACKER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_inline", no_compiler)
+        patch.setattr(module, "_share_storage_ext", None)
+        recompute_part(folder)
+
+
 def receive_nothing(folder: Path) -> None:
     with opened(tiny_settings(folder)) as policy:
         communicator = P2PCommunicator(policy.layout.groups.pp, policy.model.config)
@@ -75,6 +86,7 @@ SHOWN: dict[str, Callable[[Path], None]] = {
     "torch.cuda.manual_seed": tracked_states,
     f"{TRACKER}._get_cuda_rng_state": recompute_part,
     f"{TRACKER}._set_cuda_rng_state": tracked_states,
+    f"{TRACKER}._get_share_storage": recompute_without_a_compiler,
     f"{TRACKER}:CheckpointWithoutOutput.__init__": recompute_part,
     "torch:Tensor.type": train,
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": split_sizes,
