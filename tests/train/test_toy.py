@@ -62,7 +62,13 @@ def test_bad_settings_end_before_ranks_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ranks_end_with_the_command(number: signal.Signals, tmp_path: Path) -> None:
-    process = subprocess.Popen([*COMMAND, f"run.directory={tmp_path}", "run.steps=100000"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, f"run.directory={tmp_path}", "run.steps=100000"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        # Where tests run in the background, shells have the interrupt ignored, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists():
