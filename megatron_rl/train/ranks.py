@@ -1,5 +1,6 @@
 """Starting ranks: a run that nobody launched starts its own on this machine."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PATIENCE = 15.0  # seconds between asking ranks to end and ending them
 
 
@@ -40,7 +42,8 @@ def start_local_ranks(ranks: int, arguments: Sequence[str]) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
-            processes.append(subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=own, preexec_fn=_end_with_parent))
         return _wait(processes)
     finally:
         _end(processes)
@@ -70,6 +73,11 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end_with_parent() -> None:
+    """Linux ends a rank whose starter was killed before it could."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _leave(number: int, _: FrameType | None) -> None:
