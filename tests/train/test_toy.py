@@ -79,12 +79,20 @@ def test_ranks_end_with_the_command(number: signal.Signals, tmp_path: Path) -> N
         process.send_signal(number)
         assert process.wait(timeout=60) not in (0, None)
         deadline = time.monotonic() + 30  # after a kill -9 it is Linux that ends them
-        while [child for child in children if _parent(Path(f"/proc/{child}")) is not None]:
+        while any(_runs(child) for child in children):
             assert time.monotonic() < deadline
             time.sleep(0.2)
     finally:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
+
+
+def _runs(process: int) -> bool:
+    """Neither gone nor waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _parent(process: Path) -> int | None:
