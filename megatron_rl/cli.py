@@ -2,15 +2,18 @@
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from megatron_rl import __version__
 from megatron_rl.config.checks import require_valid
@@ -22,6 +25,9 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.config.show import render_layout, render_setting_list, render_settings
 from megatron_rl.train import ranks as ranks_module
 from megatron_rl.train.upstream import quiet_upstream
+
+if TYPE_CHECKING:
+    from megatron_rl.objectives.catalogue import Entry
 
 WRONG_SETTINGS = 2  # exit code, as for a command line that cannot be understood
 PIPE_WIDTH = 160  # columns when the output is no terminal, which would tell its own
@@ -90,8 +96,9 @@ def train(
         if world_size > 1 and not ranks_module.launched():
             _start_ranks(settings, world_size)
         quiet_upstream()
-        from megatron_rl.train import toy
+        from megatron_rl.train import objective, toy
 
+        objective.build(settings.objective)
         toy.main(settings, resume=resume)
 
 
@@ -99,6 +106,36 @@ def train(
 def list_settings() -> None:
     """List every setting: its name, what it may be, its default and its meaning."""
     _console().print(render_setting_list())
+
+
+@app.command("objectives")
+def list_objectives(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show this one in full: a name, or package.module:Class.")
+    ] = None,
+) -> None:
+    """List every advantage, surrogate, weight and penalty with its formula, source, options and their defaults.
+
+    A run chooses among them in the section `objective:` of its settings. A name shows one of them in full; your own is
+    named by its dotted path.
+
+    - `megatron-rl objectives gspo`
+    - `megatron-rl train recipe.yaml objective.surrogate=gspo objective.options.clip_low=3e-4 --dry-run`
+    """
+    from megatron_rl.objectives.catalogue import catalogue, look_up
+
+    console = _console()
+    if name is None:
+        for kind, of_kind in groupby(catalogue(), key=lambda entry: entry.kind):
+            console.print(_table_of_objectives(kind, of_kind))
+        return
+    with _told_to_the_user():
+        try:
+            entries = look_up(name)
+        except ValueError as error:
+            raise SettingsError(f"{error} `megatron-rl objectives` lists all.") from error
+    for entry in entries:
+        console.print(_objective_in_full(entry))
 
 
 @app.command()
@@ -138,6 +175,27 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")
     console.print()
     console.print(render_layout(settings, architecture, world_size, all_ranks=all_ranks))
+
+
+def _table_of_objectives(kind: str, entries: Iterable["Entry"]) -> Table:
+    from megatron_rl.objectives.catalogue import written
+
+    table = Table(kind, "formula", "source", "options", box=box.SIMPLE_HEAD, pad_edge=False)
+    for entry in entries:
+        options = "\n".join(f"{option.name} = {written(option.default)}" for option in entry.options)
+        table.add_row(*map(Text, (entry.name, entry.formula, "\n".join(entry.papers), options)))
+    return table
+
+
+def _objective_in_full(entry: "Entry") -> Group:
+    from megatron_rl.objectives.catalogue import written
+
+    options = Table("option", "allowed", "default", "meaning", box=box.SIMPLE_HEAD, pad_edge=False)
+    for option in entry.options:
+        options.add_row(*map(Text, (option.name, option.type_name, written(option.default), option.text)))
+    head = Text(f"{entry.kind} {entry.name}" + (f"   {entry.source}" if entry.papers else ""), style="bold")
+    shown = (head, "", Text(entry.text), "", Text(entry.background), "")
+    return Group(*shown, options if entry.options else Text("no options"), "")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ class Sequence:
 
     Arrays are aligned with tokens: entry t belongs to token t. `loss_mask[t]` says that token t was produced by the policy
     and counts; `columns` holds further per-token numbers by name (the rollout's log-probs, say), `scalars` per-sequence
-    numbers (an advantage). `index` is unique within the optimizer step and identifies the sequence on every rank.
+    numbers (an advantage). `index` is unique within the optimizer step and identifies the sequence on every rank; sequences
+    that answer the same prompt share a `group`, which only objectives that compare them need.
     """
 
     index: int
@@ -21,6 +22,7 @@ class Sequence:
     loss_mask: NDArray[np.bool_]  # [length]
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # each [length]
     scalars: Mapping[str, float] = field(default_factory=dict)
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 1:

@@ -37,7 +37,7 @@ from megatron_rl.policy.policy import Policy  # noqa: E402
 from megatron_rl.types import Pack, Sequence  # noqa: E402
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"hidden": 256, "layers": 8, "experts": 16, "top_k": 2, "vocab": 8192, "sequences": 16, "length": 256}
     for name, default in sizes.items():
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="tokens of a pack")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds, after one that is not")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def settings(options: argparse.Namespace, folder: Path) -> Settings:

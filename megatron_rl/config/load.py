@@ -8,13 +8,14 @@ the place where it was written.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.names import allowed_values, nearest_name, section_names, setting_fields
+from megatron_rl.config.names import allowed_values, nearest_name, open_name, open_names, section_names, setting_fields
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
@@ -25,7 +26,7 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
     """The settings of a file (none: defaults only) with overrides such as `layout.tensor=4` applied in order."""
     values = {} if path is None else _read_file(path, ())
     for override in overrides:
-        values |= read_override(override)
+        values = _later(values, read_override(override))
     return _build(values)
 
 
@@ -46,8 +47,14 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Value]:
         other = Path(os.path.normpath(path.parent / name))
         if not other.is_file():
             raise SettingsError(f"{where}: include: {name} is not a file beside {path}. Write its path relative to that file.")
-        values |= _read_file(other, (*chain, path))
-    return values | own
+        values = _later(values, _read_file(other, (*chain, path)))
+    return _later(values, own)
+
+
+def _later(values: dict[str, Value], own: dict[str, Value]) -> dict[str, Value]:
+    """What comes later wins, setting by setting. An open setting written as a whole, `options: {}`, drops its members."""
+    cleared = tuple(f"{name}." for name in own if name in open_names())
+    return {name: value for name, value in values.items() if not name.startswith(cleared)} | own
 
 
 def _included(entry: Value | None) -> list[tuple[str, str]]:
@@ -61,8 +68,9 @@ def _included(entry: Value | None) -> list[tuple[str, str]]:
 
 def _build(values: dict[str, Value]) -> Settings:
     """Check names first, then let pydantic check the values; report everything found."""
-    known = {name: value for name, value in values.items() if name in setting_fields()}
-    problems = [problem for name, value in values.items() if name not in known for problem in _wrong_name(name, value)]
+    known = _known(values)
+    unknown = {name: value for name, value in values.items() if name not in known and open_name(name) is None}
+    problems = [problem for name, value in unknown.items() for problem in _wrong_name(name, value)]
     problems += [_missing(name) for name, field in setting_fields().items() if field.is_required() and name not in known]
     try:
         # Through JSON: strict there takes a list for a tuple and text for a path, but no "4" and no true for a number.
@@ -73,6 +81,29 @@ def _build(values: dict[str, Value]) -> Settings:
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def _known(values: dict[str, Value]) -> dict[str, Value]:
+    """The values of settings that there are, the members of an open setting brought together in it."""
+    known: dict[str, Value] = {}
+    for name, value in values.items():
+        setting = open_name(name)
+        if setting is None:
+            if name in setting_fields():
+                known[name] = value
+        elif setting == name:
+            known[name] = value
+        else:
+            whole = known[setting].value if setting in known and isinstance(known[setting].value, dict) else {}
+            known[setting] = replace(value, value=_with_member(whole, name.removeprefix(f"{setting}.").split("."), value.value))
+    return known
+
+
+def _with_member(whole: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """The mapping with a value put at a path of names."""
+    first, *rest = path
+    inner = whole.get(first)
+    return whole | {first: _with_member(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
 def _nested(known: dict[str, Value]) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from megatron_rl.config.settings import Settings
 
 # Names that other trainers use; nobody coming from there should have to search.
 FOREIGN_NAMES = {
+    "adv_estimator": "objective.advantage",
+    "advantage_estimator": "objective.advantage",
+    "clip_ratio_high": "objective.options.clip_high",
+    "clip_ratio_low": "objective.options.clip_low",
     "cp": "layout.context",
     "context_parallel_size": "layout.context",
     "ep": "layout.expert",
@@ -21,6 +25,7 @@ FOREIGN_NAMES = {
     "etp": "layout.expert_tensor",
     "expert_tensor_parallel_size": "layout.expert_tensor",
     "learning_rate": "optimizer.lr",
+    "loss_mode": "objective.surrogate",
     "lr_decay_style": "optimizer.lr_schedule",
     "model": "policy.config",
     "model_path": "policy.config",
@@ -51,6 +56,17 @@ def section_names() -> frozenset[str]:
     """The dotted names that hold settings instead of being one."""
     names = (name.split(".")[:depth] for name in setting_fields() for depth in range(1, name.count(".") + 1))
     return frozenset(".".join(parts) for parts in names)
+
+
+@cache
+def open_names() -> frozenset[str]:
+    """The settings that hold named values of the user's choice: `objective.options` and its like."""
+    return frozenset(name for name, field in setting_fields().items() if get_origin(field.annotation) is dict)
+
+
+def open_name(name: str) -> str | None:
+    """The open setting that a dotted name is or lies in: `objective.options` for `objective.options.clip_low`."""
+    return next((known for known in open_names() if name == known or name.startswith(f"{known}.")), None)
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
@@ -98,6 +114,11 @@ def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
         return arguments[0] if len(arguments) == 1 else "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         return f"a list, each entry {_allowed(arguments[0], ())}"
+    if origin is dict:
+        return "named values"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        members = ", ".join(f"{name}: {_allowed(f.annotation, f.metadata)}" for name, f in annotation.model_fields.items())
+        return f"{{{members}}}"
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
     return words[annotation] + _bounds(annotation, metadata)
 

@@ -5,7 +5,7 @@ A run is described by one `Settings` tree. It is read by `config.load`, checked 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -112,6 +112,38 @@ class OptimizerSettings(Section):
     clip_grad: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 turns clipping off.")
 
 
+class ObjectivePart(Section):
+    """A weight or penalty of the objective."""
+
+    name: str = Field(description="Its name, or a dotted path.")
+    options: dict[str, Any] = Field({}, description="Its options.")
+
+
+class ObjectiveSettings(Section):
+    """What the policy shall become. Parts and options are checked by `train.objective.build`, which knows them.
+
+    `megatron-rl objectives` lists every part with its formula, options and defaults.
+    """
+
+    advantage: str | None = Field("grpo", description="How rewards become advantages; null for surrogates that take none.")
+    advantage_options: dict[str, Any] = Field({}, description="Options of the advantage, by name.")
+    surrogate: str = Field("gspo", description="What is maximised: a name, or your own as my_package.my_module:Class.")
+    options: dict[str, Any] = Field({}, description="Options of the surrogate, by name.")
+    weights: tuple[ObjectivePart, ...] = Field(
+        (), description="Factors and masks, such as {name: tis, options: {cap: 2}}; they multiply."
+    )
+    penalties: tuple[ObjectivePart, ...] = Field((), description="What is added to the loss or taken from the reward.")
+    on_policy: bool = Field(False, description="One optimizer step a rollout: ratios are exactly 1, `old` is not computed.")
+    old_log_probs: Literal["recompute", "rollout"] = Field(
+        "recompute",
+        description="The denominator of ratios: by the trainer in its own precision, or the rollout engine's as reported. "
+        "The mismatch of the two is wider than GSPO's clip band, with FP8 rollouts by far.",
+    )
+    reference: Literal["none", "initial"] = Field(
+        "none", description="The frozen model that KL penalties and some surrogates compare with: none, or the first weights."
+    )
+
+
 class RecomputeSettings(Section):
     """Activations recomputed in the backward pass instead of kept."""
 
@@ -169,6 +201,7 @@ class Settings(Section):
     moe: MoeSettings = MoeSettings()
     precision: PrecisionSettings = PrecisionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -7,6 +7,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -88,7 +89,7 @@ def shown(value: Any) -> str:
     """A value as it would be written in YAML."""
     if isinstance(value, str | Path):
         return str(value)
-    return json.dumps(list(value) if isinstance(value, tuple) else value).replace('"', "")
+    return json.dumps(value, default=BaseModel.model_dump).replace('"', "")
 
 
 def collapse(numbers: Iterable[int]) -> str:

@@ -1,18 +1,30 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the tokens that count.
 
-loss = −(1/T) Σ_i Σ_t m_it new_it,   T the number of such tokens in the whole step
+    loss = −(1/T) Σ_i Σ_t m_it new_it
+
+T is the number of such tokens in the whole step.
 """
 
-from megatron_rl.objectives.base import Mean, ObjectiveResult, TokenBatch
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from megatron_rl.objectives.aggregate import Aggregation
+from megatron_rl.objectives.base import Mean, TokenBatch
+from megatron_rl.objectives.compose import Terms, TokenSurrogate
 
 
-class SupervisedLoss:
-    """Token-mean cross-entropy."""
+@dataclass(frozen=True, kw_only=True)
+class SupervisedLoss(TokenSurrogate):
+    """Cross-entropy of the tokens. Reads nothing but log-probs."""
 
-    needs_entropy = False
+    name: ClassVar[str] = "sft"
 
-    def __call__(self, batch: TokenBatch) -> ObjectiveResult:
-        per_sequence = batch.sum_sequences(batch.log_probs)  # [count]
-        loss = -per_sequence.sum() / max(batch.divisors.tokens, 1)
-        negative_log_likelihood = Mean(-per_sequence.detach().sum(), batch.lengths.sum())
-        return ObjectiveResult(loss, {"negative_log_likelihood": negative_log_likelihood})
+    aggregation: Annotated[Aggregation, "What the terms are divided by"] = "token_mean"
+
+    @property
+    def reads_token_advantages(self) -> bool:
+        return False
+
+    def terms(self, batch: TokenBatch) -> Terms:
+        per_sequence = batch.sum_sequences(batch.log_probs.detach())  # [count]
+        return Terms(batch.log_probs, {"negative_log_likelihood": Mean(-per_sequence.sum(), batch.lengths.sum())})

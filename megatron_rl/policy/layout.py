@@ -154,6 +154,12 @@ class Layout:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
+    def largest_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over the model replicas and over the context ranks, which hold different tokens, in place."""
+        for group in (self.groups.cp, self.groups.dp):
+            dist.all_reduce(values, dist.ReduceOp.MAX, group)
+        return values
+
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Give every pipeline stage what the last one holds, in place."""
         if self.settings.pipeline > 1:
@@ -176,6 +182,12 @@ class Layout:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def replicas_have(self, value: Any) -> list[Any]:
+        """Gather a small Python object from the ranks that stand in the same place of each model replica."""
+        values: list[Any] = [None] * self.data_size
+        dist.all_gather_object(values, value, group=self.groups.dp)
+        return values
 
     def main_has(self, value: Any) -> list[Any]:
         """Gather a Python object from all ranks to the main one; others get an empty list."""

@@ -24,12 +24,13 @@ from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import alignment
 from megatron_rl.config.settings import Settings
 from megatron_rl.data.packing import CostModel, build_packs, level_packs, plan_packs
-from megatron_rl.objectives.base import Divisors, Mean, Objective, ObjectiveResult, TokenBatch
+from megatron_rl.objectives.base import Divisors, Objective, ObjectiveResult, TokenBatch
 from megatron_rl.policy.batch import PackTensors, local_indices, pack_tensors
 from megatron_rl.policy.head import LogProbHead, Wanted
 from megatron_rl.policy.layout import Launch, Layout
 from megatron_rl.policy.model import Model, build_model
 from megatron_rl.policy.optimizer import Optimizer
+from megatron_rl.policy.reduction import reduce_results
 from megatron_rl.policy.routers import RouterState
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
@@ -121,17 +122,13 @@ class Policy:
         A non-finite loss or gradient leaves the weights, moments and router biases as they were, and is counted.
         """
         batches = self._batches(packs)
-        extra = (
-            [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(packs))]
-            if self.layout.sees_loss
-            else []
-        )
+        extra = self._by_pack(columns, len(packs))
         divisors = self._divisors(packs)
         self.optimizer.zero_grad()
         router_state = self.routers.snapshot()
         wanted = [Wanted(b.labels, b.mask, objective.needs_entropy) for b in batches]
         results = self._run(batches, wanted, loss=partial(self._loss, objective, divisors, extra))
-        loss, metrics = self._reduce(results)
+        loss, metrics = reduce_results(results, self.layout)
         grad_norm = self.optimizer.gradient_norm()
         applied = not self.layout.agree(not (math.isfinite(loss) and math.isfinite(grad_norm)))
         if applied:
@@ -141,6 +138,21 @@ class Policy:
             self.routers.restore(router_state)
             self.skipped += 1
         return UpdateReport(loss, grad_norm, metrics, applied, self.steps, self.skipped)
+
+    def observe(
+        self, packs: Sequence[Pack], objective: Objective, columns: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> list[TokenBatch]:
+        """What `update` would show the objective now, without gradient. Empty on ranks that do not see the loss."""
+        batches = self._batches(packs)
+        extra = self._by_pack(columns, len(packs))
+        divisors = self._divisors(packs)
+        wanted = [Wanted(b.labels, b.mask, objective.needs_entropy) for b in batches]
+        with torch.no_grad():
+            outputs = self._run(batches, wanted, loss=None)
+        return [
+            self._token_batch(objective, divisors, more, batch, output)
+            for more, batch, output in zip(extra, batches, outputs, strict=False)
+        ]
 
     def per_sequence(self, packs: Sequence[Pack], values: Sequence[Tensor]) -> dict[int, NDArray[np.float32]]:
         """Whole token-aligned arrays by sequence index, on every rank of the replica: entry t belongs to token t.
@@ -233,23 +245,32 @@ class Policy:
         batch: PackTensors,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, ObjectiveResult]:
-        result = objective(
-            TokenBatch(
-                log_probs=output[0],
-                mask=batch.mask,
-                segments=batch.segments,
-                lengths=batch.lengths,
-                columns={**batch.columns, **extra[index]},
-                scalars=batch.scalars,
-                divisors=divisors,
-                sum_sequences=lambda values: batch.sum_sequences(values, self.layout.sum_over_context),
-                entropy=output[1] if objective.needs_entropy else None,
-            )
-        )
+        result = objective(self._token_batch(objective, divisors, extra[index], batch, output))
         # An empty pack still takes part in every collective of the backward pass.
         loss = result.loss + output.sum() * 0.0 if not batch.lengths.numel() else result.loss
         report = ObjectiveResult(result.loss.detach(), result.metrics)
         return loss, torch.zeros((), dtype=torch.int), report
+
+    def _token_batch(
+        self, objective: Objective, divisors: Divisors, extra: Mapping[str, Tensor], batch: PackTensors, output: Tensor
+    ) -> TokenBatch:
+        return TokenBatch(
+            log_probs=output[0],
+            mask=batch.mask,
+            segments=batch.segments,
+            lengths=batch.lengths,
+            columns={**batch.columns, **extra},
+            scalars=batch.scalars,
+            divisors=divisors,
+            sum_sequences=lambda values: batch.sum_sequences(values, self.layout.sum_over_context),
+            entropy=output[1] if objective.needs_entropy else None,
+        )
+
+    def _by_pack(self, columns: Mapping[str, Sequence[Tensor]] | None, packs: int) -> list[dict[str, Tensor]]:
+        """Further columns of each pack, where the loss is seen."""
+        if not self.layout.sees_loss:
+            return []
+        return [{name: values[i] for name, values in (columns or {}).items()} for i in range(packs)]
 
     def _divisors(self, packs: Sequence[Pack]) -> Divisors:
         """Global totals of the step; also the divisor of the router's auxiliary losses, which are per real token."""
@@ -262,21 +283,6 @@ class Policy:
         totals = self.layout.sum_over_data(torch.tensor(counts, device=self.layout.device.torch_device)).tolist()
         self.model.config.moe_grad_scale_func = lambda: torch.full((1,), 1.0 / max(totals[2], 1))  # [1], as Megatron's own
         return Divisors(sequences=totals[0], tokens=totals[1])
-
-    def _reduce(self, results: list[ObjectiveResult]) -> tuple[float, dict[str, float]]:
-        """Loss and metrics of the whole step, everywhere, from the micro-batches of the ranks that see the loss."""
-        names = sorted(results[0].metrics) if results else []
-        names = self.layout.object_from_last_stage(names)
-        totals = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=self.layout.device.torch_device)
-        for result in results:
-            means: list[Mean] = [result.metrics[name] for name in names]
-            numbers = [result.loss, *(m.total for m in means), *(m.count for m in means)]
-            totals += torch.stack([number.double() for number in numbers])
-        if self.layout.sees_loss:
-            self.layout.sum_over_data(totals)
-        loss, *rest = self.layout.from_last_stage(totals).tolist()
-        sums, counts = rest[: len(names)], rest[len(names) :]
-        return loss, {name: total / count if count else 0.0 for name, total, count in zip(names, sums, counts, strict=True)}
 
 
 def _common(names: Iterable[Iterable[str]]) -> tuple[str, ...] | None:

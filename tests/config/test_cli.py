@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from megatron_rl import __version__
 from megatron_rl.cli import app
 from megatron_rl.config.names import setting_fields
+from megatron_rl.objectives.registry import ADVANTAGES, PENALTIES, SURROGATES, WEIGHTS
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "configs" / "recipes" / "qwen3-235b-a22b-256gpu.yaml"
@@ -163,3 +164,37 @@ def test_looking_imports_no_torch(arguments: list[str]) -> None:
         [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# -- objectives --------------------------------------------------------------------------------------------------------
+
+
+def test_objectives_lists_all_with_formula_source_and_defaults() -> None:
+    result = run("objectives")
+    assert result.exit_code == 0, result.output
+    for name in (*ADVANTAGES, *SURROGATES, *WEIGHTS, *PENALTIES):
+        assert re.search(rf"^ {name} ", result.output, re.M), name
+    assert "min(s_i A_i, clip(s_i, 1−ε_lo, 1+ε_hi) A_i)" in result.output
+    assert "2507.18071" in result.output and "clip_high = 0.0004" in result.output
+
+
+def test_objectives_shows_one_in_full() -> None:
+    output = run("objectives", "gspo").output
+    assert output.startswith("surrogate gspo   arXiv 2507.18071")
+    assert "N is the number of sequences in the whole step" in output
+    assert re.search(r"clip_low +a finite number +0\.0003 +ε_lo", output)
+    assert "advantage grpo" in (both := run("objectives", "grpo").output) and "surrogate grpo" in both
+
+
+def test_objectives_shows_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "docs" / "examples"))
+    output = run("objectives", "my_objective:PulledBack").output
+    assert re.search(r"pull +a finite number +2\.0 +How strong the spring is", output)
+    assert "a bare objective" in run("objectives", "my_objective:BestOnly").output.lower()
+
+
+@pytest.mark.parametrize("name, message", [("gsop", "did you mean 'gspo'?"), ("nowhere:Loss", "cannot be loaded")])
+def test_an_objective_that_does_not_exist(name: str, message: str) -> None:
+    result = run("objectives", name)
+    assert result.exit_code == 2
+    assert message in result.stderr

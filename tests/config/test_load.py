@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings, load_settings
@@ -128,6 +129,12 @@ def test_lists_nulls_and_booleans() -> None:
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40).map(Path)
 
 
+WORDS = st.text(string.ascii_letters + "_é", min_size=1)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(string.printable)
+)
+
+
 def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
     """All values that a field's declaration allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -139,8 +146,12 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if origin is tuple:
         return st.lists(values_of(arguments[0]), max_size=5).map(tuple)
+    if origin is dict:
+        return st.dictionaries(WORDS, st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner)))
+    if issubclass(annotation, BaseModel):
+        return st.fixed_dictionaries({name: values_of(f.annotation, f.metadata) for name, f in annotation.model_fields.items()})
     if annotation is str:
-        return st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+        return WORDS
     if annotation is Path:
         return PATHS.filter(lambda path: not path.exists())
     if annotation is bool:

@@ -1,0 +1,245 @@
+"""Write docs/objectives.md and its pictures from the objectives themselves: `python tools/objective_docs.py`.
+
+Formulas, sources and options come from docstrings and declarations, curves from calling the objectives. `--text` leaves the
+pictures as they are. A test compares the text with what is committed.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.objectives.base import Divisors, GroupTable, TokenBatch
+from megatron_rl.objectives.catalogue import Entry, catalogue, written
+from megatron_rl.objectives.compose import Surrogate
+from megatron_rl.objectives.registry import SURROGATES
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PICTURES, EXAMPLE = DOCS / "objectives.md", DOCS / "objectives", DOCS / "examples" / "my_objective.py"
+POINTS = 201
+OLD = -1.0  # the old log-prob of the one token that is looked at
+NARROW = 1.2e-3  # half of the width shown where the clip band is GSPO's
+BLUE, RED = "#0b5fa5", "#c8452d"
+HEADINGS = {"advantage": "Advantages", "surrogate": "Surrogates", "weight": "Weights and masks", "penalty": "Penalties"}
+
+# -- curves ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """J and ∂J/∂log π of one token, the only one of its response, against the ratio."""
+
+    value: Tensor  # [points]
+    gradient: Tensor  # [points]
+
+
+def ratios(name: str) -> Tensor:
+    """[points] where the surrogate is looked at: close to 1 if that is where its bounds are."""
+    if getattr(SURROGATES[name](), "clip_high", 1.0) < 0.01:
+        return torch.linspace(1 - NARROW, 1 + NARROW, POINTS, dtype=torch.float64)
+    return torch.linspace(0.2, 2.0, POINTS, dtype=torch.float64)
+
+
+def curve(name: str, advantage: float) -> Curve:
+    """By calling the objective at one ratio after the other."""
+    points = [_point(name, ratio.log(), advantage) for ratio in ratios(name)]
+    value, gradient = (torch.stack(numbers) for numbers in zip(*points, strict=True))
+    return Curve(value, gradient)
+
+
+def _point(name: str, log_ratio: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
+    surrogate: Surrogate = SURROGATES[name]()
+    if surrogate.reads_groups:  # two responses with rewards 1 and 0: the first moves, the other stays
+        batch = _prepared(surrogate, _batch([log_ratio.item(), 0.0], [advantage, -advantage]))
+    else:
+        batch = _batch([log_ratio.item()], [advantage])
+    loss = surrogate(batch).loss
+    (gradient,) = torch.autograd.grad(loss, batch.log_probs)
+    return -loss.detach(), -gradient[0]
+
+
+def _batch(log_ratios: list[float], advantages: list[float]) -> TokenBatch:
+    """Responses of one token each; a mean over responses is taken over the first alone."""
+    count = len(log_ratios)
+    old = torch.full((count,), OLD, dtype=torch.float64)
+    return TokenBatch(
+        log_probs=(old + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_(),
+        mask=torch.ones(count, dtype=torch.bool),
+        segments=torch.arange(count),
+        lengths=torch.ones(count, dtype=torch.float64),
+        columns={"old": old, "reference": old, "rollout": old, "conflict": torch.ones_like(old)},
+        scalars={
+            "advantage": torch.tensor(advantages, dtype=torch.float64),
+            "reward": (torch.tensor(advantages, dtype=torch.float64) > 0).double(),
+            "initial_entropy": torch.ones_like(old),
+        },
+        divisors=Divisors(1, 1),
+        sum_sequences=lambda values: values,
+        entropy=torch.zeros_like(old),
+    )
+
+
+def _prepared(surrogate: Surrogate, batch: TokenBatch) -> TokenBatch:
+    with torch.no_grad():
+        statistics = surrogate.statistics(batch)
+    rewards = batch.scalars["reward"]
+    table = GroupTable(torch.zeros(batch.count, dtype=torch.int64), rewards, batch.lengths, statistics)
+    return replace(batch, scalars={**batch.scalars, **surrogate.prepare(table)})
+
+
+def draw(name: str, path: Path) -> None:
+    """Value and gradient side by side, for both signs of the advantage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: Any = {
+        "svg.hashsalt": "objectives",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    x = ratios(name)
+    narrow = x[0] > 0.9
+    shown = (x - 1) * 1e4 if narrow else x
+    groups = SURROGATES[name]().reads_groups
+    labels = ("better of a pair", "worse of a pair") if groups else ("A = +1", "A = −1")
+    with pyplot.rc_context(style):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 2.5), layout="constrained")
+        for advantage, label, colour, dashes in ((1.0, labels[0], BLUE, "-"), (-1.0, labels[1], RED, "--")):
+            of = curve(name, advantage)
+            left.plot(shown, of.value - of.value[(x - 1).abs().argmin()], dashes, color=colour, label=label, linewidth=1.6)
+            right.plot(shown, of.gradient, dashes, color=colour, label=label, linewidth=1.6)
+        for axes, title in ((left, "value: J(ratio) − J(1)"), (right, "gradient: ∂J / ∂ log π")):
+            axes.set_title(title, fontsize=9)
+            axes.axvline(0.0 if narrow else 1.0, color="#999999", linewidth=0.7)
+            axes.axhline(0.0, color="#999999", linewidth=0.7)
+            axes.set_xlabel("(ratio − 1) · 10⁴" if narrow else "ratio new / old")
+        left.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+        pyplot.close(figure)
+
+
+# -- text ------------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Objectives
+
+<!-- Written by tools/objective_docs.py from megatron_rl/objectives. Change it there. -->
+
+What a policy is asked to become is put together from four kinds of parts, chosen in the section `objective:` of the settings:
+an **advantage** turns the rewards of a group into numbers, one **surrogate** says what is maximised with them, any **weights**
+multiply its terms, any **penalties** are added to the loss or taken from the reward.
+
+    loss = −(1/D) Σ_i f_i Σ_t f_it J_it  +  Σ penalties
+
+J are the surrogate's terms, f the product of the weights (a zero drops the term), D a divisor of the whole optimizer step: over
+all ranks and micro-batches, and known before the first of them. Loss and gradient do not depend on the layout.
+
+```yaml
+objective:
+  advantage: grpo
+  surrogate: gspo                       # or your own: "my_package.my_module:Class"
+  options: {clip_low: 3.0e-4, clip_high: 4.0e-4}
+  weights:
+    - {name: sequence_weight, options: {cap: 2.0}}
+  penalties:
+    - {name: kl_loss, options: {coefficient: 1.0e-3}}
+  reference: initial
+```
+
+A combination that makes no sense is refused with the reason. `megatron-rl objectives` prints this page's formulas, and
+`megatron-rl objectives gspo` one of them in full.
+
+In the formulas, `new`, `old`, `reference` and `rollout` are log-probabilities of a token: of the policy that is trained, of the
+policy before the update as the trainer computes it, of the frozen reference, of the rollout engine. m is the mask of tokens
+that count, L_i how many a response has, N the responses of the step, r a reward, A an advantage; sg[·] stops the gradient.
+Ratios, log-probabilities and the loss are float32 whatever the model computes in.
+"""
+
+PICTURE_NOTE = """\
+The pictures show J of a response with a single token, and its gradient by the token's log-probability, with default options;
+the value's constant is taken off. `trpa`, `rebel` and `agro` compare responses: there two of them have the rewards 1 and 0, and
+one moves while the other stays.
+"""
+
+OWN = """\
+## Your own objective
+
+A dotted path with a colon names a class of yours: `surrogate: "my_objective:PulledBack"`. Its module must be importable where
+the run starts: installed, or in a folder of `PYTHONPATH`. Weights, penalties and advantages of one's own work alike. Fields of
+a dataclass are its options: typed, with defaults, and checked like ours. See it with `megatron-rl objectives
+my_objective:PulledBack`.
+
+Derive it from `TokenSurrogate` (a value a token) or `SequenceSurrogate` (one a sequence) and say what it maximises; masks,
+divisors, weights, penalties and metrics that all have in common are done for you, under every layout. Or write a bare callable,
+which gets everything and does everything. This is [{path}]({path}), which the tests run:
+
+```python
+{code}```
+
+Three rules keep such a loss right under every layout. Sum over a sequence with `batch.sum_sequences` or `batch.mean_tokens`
+alone: other ranks may hold the rest of its tokens. Divide by `batch.divisors`, never by what this batch happens to hold. Mask
+with `torch.where`, before anything that could overflow: in a bare objective, entries outside of `batch.mask` may hold anything.
+"""
+
+
+def text() -> str:
+    """The page."""
+    parts = [INTRODUCTION]
+    for kind, heading in HEADINGS.items():
+        entries = [entry for entry in catalogue() if entry.kind == kind]
+        parts += [f"## {heading}\n", _overview(entries)]
+        if kind == "surrogate":
+            parts.append(PICTURE_NOTE)
+        parts += [_section(entry) for entry in entries]
+    example = EXAMPLE.relative_to(DOCS).as_posix()
+    parts.append(OWN.format(path=example, code=EXAMPLE.read_text(encoding="utf-8")))
+    return "\n".join(parts)
+
+
+def _overview(entries: Iterable[Entry]) -> str:
+    rows = [f"| [`{e.name}`](#{e.kind}-{e.name}) | {_cell(e.title)} | {_papers(e)} |" for e in entries]
+    return "\n".join(["| name | what it is | source |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def _section(entry: Entry) -> str:
+    lines = [f"### {entry.kind} {entry.name}", "", entry.text, "", "```text", entry.formula, "```", ""]
+    if entry.papers:
+        lines += [f"Source: {_papers(entry)}", ""]
+    if entry.options:
+        lines += ["| option | allowed | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{o.name}` | {_cell(o.type_name)} | {written(o.default)} | {_cell(o.text)} |" for o in entry.options]
+        lines.append("")
+    if entry.kind == "surrogate":
+        lines += [f"![Value and gradient of {entry.name} against the ratio](objectives/{entry.name}.svg)", ""]
+    return "\n".join(lines)
+
+
+def _papers(entry: Entry) -> str:
+    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in entry.papers)
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", action="store_true", help="the page alone, not the pictures")
+    options = parser.parse_args()
+    PAGE.write_text(text(), encoding="utf-8")
+    if not options.text:
+        PICTURES.mkdir(exist_ok=True)
+        for name in SURROGATES:
+            draw(name, PICTURES / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
