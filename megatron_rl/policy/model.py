@@ -6,7 +6,7 @@ checkpoints and tests all speak in these.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -175,10 +175,3 @@ def _draw(shard: ShardedTensor, seed: int, std: float) -> Tensor:
         slice(start, start + size) for start, size in zip(shard.global_offset[lead:], shard.local_shape, strict=True)
     )
     return whole[window]
-
-
-def load_parameters(model: Model, values: Mapping[str, Tensor]) -> None:
-    """Copy tensors into this rank's parameters by the names of `named_parameters`."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
