@@ -2,9 +2,81 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: the tokens that a model continues, and what judging an answer needs.
+
+    `key` names it for good: its source and row, so that a prompt drawn again in another epoch has the same key.
+    """
+
+    key: str
+    tokens: NDArray[np.int64]  # [prompt], tokenised once
+    messages: tuple[Mapping[str, str], ...] = ()  # the conversation it was made of, {"role", "content"}
+    fields: Mapping[str, Any] = field(default_factory=dict)  # the columns that rewards and environments read
+    max_new_tokens: int | None = None  # a limit of its own
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens start … stop of a sample, by one author under one version of the weights.
+
+    Every change of author or of weights begins a segment: a response that lives through an update has two.
+    """
+
+    start: int
+    stop: int
+    author: Literal["prompt", "policy", "environment"]
+    version: int | None = None  # of the weights; None for tokens that no policy wrote
+    turn: int = 0  # the policy's turns of an episode are counted from 0
+    learned: bool = True  # whether a policy's tokens count in the loss (a draft's do not)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, or one episode of several turns, as sampled: tokens in, tokens out, never tokenised again."""
+
+    tokens: NDArray[np.int64]  # [length], the prompt first
+    log_probs: NDArray[np.float32]  # [length] of the sampling distribution, as reported; 0 where no policy wrote
+    segments: tuple[Segment, ...]  # they cover the tokens in order, without a gap
+    finish: Literal["stop", "length", "abort", "budget", "error"]
+    rewards: Mapping[str, float] = field(default_factory=dict)  # components by name, unweighted
+    reward: float = 0.0  # what the advantage is made of
+    failure: str | None = None  # why it has no honest reward: what went wrong, in words
+    routing: NDArray[np.uint8] | NDArray[np.uint16] | None = None  # [length - 1, layers, top-k], experts of each position
+    turn_rewards: tuple[float, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """[length] tokens that the policy wrote and that count."""
+        mask = np.zeros(len(self.tokens), dtype=np.bool_)
+        for segment in self.segments:
+            mask[segment.start : segment.stop] = segment.author == "policy" and segment.learned
+        return mask
+
+    @property
+    def prompt_length(self) -> int:
+        return self.segments[0].stop if self.segments and self.segments[0].author == "prompt" else 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with all samples that answer it: what advantages compare. Finished, rewarded, never changed again."""
+
+    key: str  # unique in the bank: the prompt's key and the round it was drawn in
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    step: int  # the training step it was sampled for
+    information: Mapping[str, float] = field(default_factory=dict)  # tries, seconds and the like
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""The command line: `megatron-rl`. Commands import what they run when they run it, so that looking costs no torch."""
+
+import typer
+
+from megatron_rl.cli import look
+from megatron_rl.cli.train import train
+
+app = typer.Typer(
+    name="megatron-rl",
+    help="Reinforcement learning of mixture-of-experts language models on stock Megatron-core and SGLang.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command(no_args_is_help=True)(train)
+app.command("settings")(look.list_settings)
+app.command("objectives")(look.list_objectives)
+app.command()(look.version)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="megatron-rl")
