@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_rl import __version__
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.policy.layout import Layout
-from megatron_rl.policy.slices import Box, Slice, overlap, within
+from megatron_rl.weights.boxes import Box, Slice, overlap, within
 
 FORMAT = 1
 MANIFEST = "manifest.json"

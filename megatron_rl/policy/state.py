@@ -14,7 +14,8 @@ from megatron_rl.config.errors import CheckpointError
 from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter, differences, versions
 from megatron_rl.policy.device import Device
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.slices import Slice, model_slices, optimizer_slices
+from megatron_rl.policy.slices import model_slices, optimizer_slices
+from megatron_rl.weights.boxes import Slice
 
 # Settings that a run's numbers depend on and that a checkpoint therefore must share, unless checkpoint.allow_changes names
 # them. Left out on purpose: the layout, packing, recomputation, machine, folders and number of steps.

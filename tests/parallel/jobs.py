@@ -28,7 +28,8 @@ from megatron_rl.policy.device import adapt_to_cpu
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.optimizer import ParameterState
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.slices import Slice, model_slices, optimizer_slices
+from megatron_rl.policy.slices import model_slices, optimizer_slices
+from megatron_rl.weights.boxes import Slice
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.types import Sequence as TokenSequence
 

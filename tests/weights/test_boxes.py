@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.settings import OptimizerSettings
 from megatron_rl.policy.schedule import learning_rate, weight_decay
-from megatron_rl.policy.slices import overlap, row_major_boxes, within
+from megatron_rl.weights.boxes import overlap, row_major_boxes, within
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

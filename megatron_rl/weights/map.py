@@ -1,0 +1,133 @@
+"""The weight map: every tensor of a Hugging Face checkpoint and every tensor of the Megatron model, and what holds what.
+
+One table a family, read in both directions. Conversion, loading, live publishing and FP8 export all ask here and nowhere
+else. The map is made from the architecture alone: neither weights nor a model need to exist.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_rl.config.architecture import Architecture
+from megatron_rl.config.layout_map import Coordinates, local_experts, stage_layers
+from megatron_rl.config.settings import LayoutSettings
+from megatron_rl.weights.boxes import Box
+from megatron_rl.weights.families import table_of
+from megatron_rl.weights.families.table import Form
+from megatron_rl.weights.rules import Piece, Rule, Shape, tensor_boxes
+
+_COMPUTED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")  # tables that old checkpoints carry
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class HfEntry:
+    """An HF tensor: the rule that names it, its shape, and the expert that it belongs to if it belongs to one."""
+
+    rule: Rule
+    shape: Shape
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one HF tensor is made of: a box of it is a box of a Megatron tensor. A `Piece`, seen from the other side."""
+
+    hf_box: Box
+    megatron: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Held:
+    """A box of a Megatron tensor on a rank. Of all ranks that hold it, one is its `keeper`, who saves it."""
+
+    rule: Rule
+    box: Box
+    keeper: bool
+
+
+class WeightMap:
+    """All rules of one model, its layers filled in."""
+
+    def __init__(self, architecture: Architecture, form: Form = "published") -> None:
+        table = table_of(architecture, form)
+        self.architecture = architecture
+        self.form = form
+        self.first = table.first
+        self.last = table.last
+        self.layers: list[tuple[Rule, ...]] = []
+        for layer, moe in enumerate(architecture.moe_layers):
+            rules = table.every_layer + (table.moe_layers if moe else table.dense_layers)
+            self.layers.append(tuple(rule.at(layer) for rule in rules))
+        self.rules: Mapping[str, Rule] = {rule.megatron: rule for rule in self._in_order()}
+        self.hf: Mapping[str, HfEntry] = {
+            tensor.name: HfEntry(rule, tensor.shape, expert)
+            for rule in self.rules.values()
+            for tensor, expert in rule.hf_tensors()
+        }
+
+    def _in_order(self) -> Iterator[Rule]:
+        yield from self.first
+        for rules in self.layers:
+            yield from rules
+        yield from self.last
+
+    def pieces(self, megatron: str, box: Box | None = None) -> Iterator[Piece]:
+        """What a Megatron tensor, or a box of it, is made of. What no piece covers is padding: zeros."""
+        return self.rules[megatron].pieces(box)
+
+    def parts(self, hf: str) -> Iterator[Part]:
+        """What an HF tensor is made of, whole."""
+        entry = self.hf[hf]
+        for piece in entry.rule.pieces(entry.rule.box_of(entry.expert)):
+            if piece.hf == hf:
+                yield Part(piece.hf_box, entry.rule.megatron, piece.box)
+
+    def is_extra(self, name: str) -> bool:
+        """May a checkpoint hold this tensor although no rule names it?
+
+        Multi-token prediction layers stand behind the decoder's own and are not trained; rotary tables are computed; the
+        output layer of a tied model is the embedding.
+        """
+        layer = _LAYER.match(name)
+        behind = layer is not None and int(layer[1]) >= self.architecture.layers
+        tied = self.architecture.tied_embeddings and name == "lm_head.weight"
+        return behind or tied or _COMPUTED.fullmatch(name) is not None
+
+    # -- where things lie on ranks -------------------------------------------------------------------------------------
+
+    def held(self, layout: LayoutSettings, place: Coordinates) -> Iterator[Held]:
+        """Every box of every Megatron tensor that a rank holds under a layout."""
+        stages = stage_layers(layout, self.architecture)
+        chunks = stages[place.pipeline]
+        for index, layers in enumerate(chunks):
+            first = place.pipeline == 0 and index == 0
+            last = place.pipeline == layout.pipeline - 1 and index == len(chunks) - 1
+            if first:
+                yield from _on_rank(self.first, self.architecture, layout, place)
+            for layer in layers:
+                yield from _on_rank(self.layers[layer], self.architecture, layout, place)
+            if last:
+                yield from _on_rank(self.last, self.architecture, layout, place)
+            if last and not first and self.architecture.tied_embeddings:  # a copy of the embedding computes the logits
+                for copy in _on_rank(self.first, self.architecture, layout, place):
+                    yield replace(copy, keeper=False)
+
+
+def _on_rank(rules: Collection[Rule], architecture: Architecture, layout: LayoutSettings, place: Coordinates) -> Iterator[Held]:
+    for rule in rules:
+        if rule.experts is None:
+            whole = rule.cut == "whole" or layout.tensor == 1
+            keeper = place.data == 0 and place.context == 0 and (not whole or place.tensor == 0)
+            for box in tensor_boxes(rule.shape, rule.cut, place.tensor, layout.tensor):
+                yield Held(rule, box, keeper)
+            continue
+        for offset, size in tensor_boxes(rule.shape[1:], rule.cut, place.expert_tensor, layout.expert_tensor):
+            for expert in local_experts(layout, architecture, place.expert):
+                yield Held(rule, ((expert, *offset), (1, *size)), keeper=place.expert_data == 0)
+
+
+def form_of(names: Collection[str]) -> Form:
+    """In which of the two forms a checkpoint with these tensors writes its experts."""
+    return "stacked" if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else "published"
