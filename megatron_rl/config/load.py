@@ -19,7 +19,7 @@ from megatron_rl.config.names import allowed_values, nearest_name, open_name, op
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
-INPUT_PATHS = ("policy.config",)  # paths that are read: looked for beside the file that names them
+INPUT_PATHS = ("policy.config", "policy.init")  # paths that are read: looked for beside the file that names them
 
 
 def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
@@ -96,6 +96,9 @@ def _known(values: dict[str, Value]) -> dict[str, Value]:
         else:
             whole = known[setting].value if setting in known and isinstance(known[setting].value, dict) else {}
             known[setting] = replace(value, value=_with_member(whole, name.removeprefix(f"{setting}.").split("."), value.value))
+    first_weights = known.get("policy.init")
+    if first_weights is not None and first_weights.value != "random":
+        known.setdefault("policy.config", first_weights)  # a checkpoint folder holds its own config
     return known
 
 

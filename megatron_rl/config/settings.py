@@ -7,7 +7,7 @@ A run is described by one `Settings` tree. It is read by `config.load`, checked 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -19,8 +19,10 @@ class Section(BaseModel):
 class PolicySettings(Section):
     """Which model is trained, and how its log-probabilities are taken."""
 
-    config: Path = Field(description="A Hugging Face config.json, or the folder that holds it.")
-    init: Literal["random"] = Field("random", description="Where the first weights come from.")
+    config: Path = Field(description="A Hugging Face config.json, or the folder that holds it; default: policy.init's.")
+    init: Literal["random"] | Path = Field(
+        "random", description="Where the first weights come from: random, or a Hugging Face checkpoint folder (safetensors)."
+    )
     seed: NonNegativeInt = Field(
         0, description="Seed of random weights. The same seed gives the same weights under every layout."
     )
@@ -30,6 +32,14 @@ class PolicySettings(Section):
     log_prob_chunk: PositiveInt = Field(
         512, description="Tokens per chunk of the fused output layer: the largest logits ever held are [chunk, vocab/tensor]."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _config_of_the_checkpoint(cls, values: Any) -> Any:
+        """A checkpoint folder holds its own config."""
+        if isinstance(values, dict) and "config" not in values and values.get("init", "random") != "random":
+            return {**values, "config": values["init"]}
+        return values
 
 
 class LayoutSettings(Section):

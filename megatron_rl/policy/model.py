@@ -55,7 +55,7 @@ def bare(chunk: torch.nn.Module) -> GPTModel:
 
 
 def build_model(architecture: Architecture, settings: Settings, layout: Layout) -> Model:
-    """Build, initialise and wrap this rank's chunks."""
+    """Build and wrap this rank's chunks. Weights are random, or, when they come from a checkpoint, not yet anything."""
     device = layout.device
     config = build_transformer_config(architecture, settings, cuda=device.cuda, transformer_engine=device.transformer_engine)
     chunks: list[torch.nn.Module] = []
@@ -68,8 +68,9 @@ def build_model(architecture: Architecture, settings: Settings, layout: Layout) 
             chunk = Float16Module(config, chunk)
         chunk.to(device.torch_device)
         chunks.append(chunk)
-    for chunk in chunks:
-        initialize(bare(chunk), layout, settings.policy.seed, architecture.init_std)
+    if settings.policy.init == "random":
+        for chunk in chunks:
+            initialize(bare(chunk), layout, settings.policy.seed, architecture.init_std)
     return Model(_wrap(chunks, config, settings, layout), config, architecture)
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ from megatron_rl.policy.head import LogProbHead, Wanted
 from megatron_rl.policy.layout import Launch, Layout
 from megatron_rl.policy.model import Model, build_model
 from megatron_rl.policy.optimizer import Optimizer
+from megatron_rl.policy.pretrained import load_pretrained
 from megatron_rl.policy.reduction import reduce_results
 from megatron_rl.policy.routers import RouterState
 from megatron_rl.types import Pack
@@ -64,6 +66,8 @@ class Policy:
         self.architecture = architecture
         self.layout = layout
         self.model: Model = build_model(architecture, settings, layout)
+        if settings.policy.init != "random":
+            load_pretrained(self.model, layout, Path(settings.policy.init))
         self.optimizer = Optimizer(self.model, settings, layout)
         self.routers = RouterState(self.model)
         self.head = LogProbHead(layout, architecture.vocab, settings.policy.temperature, settings.policy.log_prob_chunk)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -168,7 +168,7 @@ ALL_SETTINGS = st.fixed_dictionaries(
 )
 
 
-@property_settings(deadline=None)
+@property_settings(deadline=None, suppress_health_check=[HealthCheck.data_too_large])  # every setting at once is large
 @given(ALL_SETTINGS)
 def test_dumped_settings_load_as_equal_settings(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     nested: dict[str, dict[str, Any]] = {}

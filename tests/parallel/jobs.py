@@ -29,9 +29,9 @@ from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.optimizer import ParameterState
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices, optimizer_slices
-from megatron_rl.weights.boxes import Slice
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.types import Sequence as TokenSequence
+from megatron_rl.weights.boxes import Slice
 
 Arrays = dict[str, NDArray[Any]]
 

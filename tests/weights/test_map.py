@@ -53,7 +53,9 @@ def test_pieces_fill_both_sides_exactly_once(family: str, form: Form, tmp_path: 
         assert (cells[:real] == 1).all() and (cells[real:] == 0).all(), name
     assert all((cells == 1).all() for cells in hf.values())
     parts = Counter((part.megatron, part.box, name, part.hf_box) for name in hf for part in weight_map.parts(name))
-    pieces = Counter((name, piece.box, piece.hf, piece.hf_box) for name in weight_map.rules for piece in weight_map.pieces(name))
+    pieces = Counter(
+        (name, piece.box, piece.hf, piece.hf_box) for name in weight_map.rules for piece in weight_map.pieces(name)
+    )
     assert parts == pieces
 
 
@@ -75,8 +77,10 @@ def test_hf_names_and_shapes_are_those_of_transformers(family: str, tmp_path: Pa
 @pytest.mark.parametrize("family", TINY)
 def test_megatron_names_shapes_and_slices_are_those_of_the_built_model(family: str, tmp_path: Path) -> None:
     with opened(tiny_settings(tmp_path, family)) as policy:
-        built = Counter((piece.name, piece.shape, piece.offset, piece.size) for piece in model_slices(policy.model, policy.layout))
-    cells = {}
+        built = Counter(
+            (piece.name, piece.shape, piece.offset, piece.size) for piece in model_slices(policy.model, policy.layout)
+        )
+    cells: dict[str, np.ndarray] = {}
     weight_map = map_of(family, tmp_path)
     for name, shape, offset, size in built:
         fill(cells.setdefault(name, np.zeros(shape, np.uint8)), offset, size)

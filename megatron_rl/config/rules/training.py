@@ -1,9 +1,23 @@
-"""Rules about schedules and recomputation."""
+"""Rules about first weights, schedules and recomputation."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_rl.config.layout_map import chunk_sizes
 from megatron_rl.config.rules.case import Case, Rule, either, problem
+
+# A Hugging Face checkpoint has one of these.
+CHECKPOINT_FILES = ("model.safetensors.index.json", "model.safetensors")
+
+
+def first_weights_are_there(case: Case) -> Iterator[str]:
+    init = case.settings.policy.init
+    if init != "random" and not any((Path(init) / name).is_file() for name in CHECKPOINT_FILES):
+        yield problem(
+            f"policy.init = {init}",
+            f"there is neither {' nor '.join(CHECKPOINT_FILES)} in it",
+            "Name the folder of a Hugging Face checkpoint in safetensors files, or policy.init=random",
+        )
 
 
 def learning_rate_falls(case: Case) -> Iterator[str]:
@@ -87,6 +101,7 @@ def recomputed_layers_fit_a_chunk(case: Case) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    first_weights_are_there,
     learning_rate_falls,
     warmup_ends_before_the_decay,
     weight_decay_schedule_has_an_end,

@@ -1,0 +1,25 @@
+"""First weights from a Hugging Face checkpoint."""
+
+from pathlib import Path
+
+from megatron_rl.config.errors import CheckpointError
+from megatron_rl.policy.layout import Layout
+from megatron_rl.policy.model import Model
+from megatron_rl.policy.slices import model_slices
+from megatron_rl.weights.load import load_hf
+
+
+def load_pretrained(model: Model, layout: Layout, folder: Path) -> int:
+    """Fill this rank's weights from its own part of the checkpoint; returns the bytes it read.
+
+    What fails on one rank fails on all, which would otherwise wait for it.
+    """
+    read, failure = 0, None
+    try:
+        read = load_hf(model_slices(model, layout), model.architecture, folder)
+    except CheckpointError as error:
+        failure = str(error)
+    failures = [found for found in layout.everyone_has(failure) if found]
+    if failures:
+        raise CheckpointError(failures[0])
+    return read
