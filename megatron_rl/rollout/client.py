@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_rl.rollout import replies
 from megatron_rl.rollout.connection import Connection, Patience
 from megatron_rl.rollout.errors import Refused
-from megatron_rl.rollout.replies import Generation, Load, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
+from megatron_rl.rollout.replies import Generation, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,8 +167,9 @@ class Client:
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating; new requests wait until `resume`.
 
-        `abort` ends all requests with what they have and leaves the server empty; `retract` puts them back in the queue, their
-        keys and values to be computed again; `in_place` freezes them with their keys and values.
+        `abort` ends all requests with what they have and leaves the server empty; `retract` puts them back in the queue and
+        `in_place` freezes them where they are. Responses that go on after an update read keys and values of the old weights:
+        all of them with `in_place`, those that the prefix cache still has with `retract`. Only `abort` mixes nothing.
         """
         self._connection.hold()
         try:
@@ -271,11 +272,6 @@ class Client:
         reply = await self._connection.ask("/server_info")
         with self._connection.trusting("/server_info"):
             return replies.read_server_info(reply)
-
-    async def load(self) -> Load:
-        reply = await self._connection.ask("/v1/loads")
-        with self._connection.trusting("/v1/loads"):
-            return replies.read_load(reply)
 
     async def _update(self, endpoint: str, body: Mapping[str, Any], version: int) -> None:
         """Weights, whichever way they come. Never with a flush: a queue that is not empty would end the server."""
