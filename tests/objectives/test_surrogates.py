@@ -129,6 +129,7 @@ CLIPPED = [
     ("grpo", EXACT, PESSIMISTIC),
     ("grpo", {**EXACT, "dual_clip": 2.0}, PESSIMISTIC | {(-1, "above")}),
     ("dapo", EXACT, PESSIMISTIC),
+    ("dhpo", {f"{branch}_{side}": EXACT[side] for branch in ("token", "sequence") for side in EXACT}, PESSIMISTIC),
     ("gmpo", {"clip_low": -LOW, "clip_high": HIGH}, PESSIMISTIC),
     ("cispo", EXACT, NOWHERE),
     ("abc", {"epsilon_1": 1.0, "epsilon_2": 0.5, "epsilon_3": 1.0, "epsilon_4": 0.5}, EVERYWHERE),
@@ -151,3 +152,16 @@ def test_quadrants_and_ties(
         changes = name == "cispo"
         reported = metric(outcome, "clip_fraction")
         assert reported == (1.0 if beyond and ((sign, side) in off or changes) else 0.0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("branch", ["token", "sequence"])
+def test_branches_of_dhpo_are_clipped_each_by_itself(branch: str, sign: int) -> None:
+    """Beyond the bounds of one branch the other's half of the gradient is left."""
+    other = "sequence" if branch == "token" else "token"
+    wide = {f"{other}_clip_low": 0.9, f"{other}_clip_high": 9.0}
+    objective = build_objective("dhpo", {**wide, **{f"{branch}_{side}": bound for side, bound in EXACT.items()}})
+    edge, out = (HIGH, STEP) if sign > 0 else (LOW, -STEP)
+    for move, share in ((0.0, 1.0), (out, 0.5)):
+        outcome = run_whole(objective, [sample_of([edge + move], float(sign))])
+        assert outcome.answer.gradient[0][0] == pytest.approx(-sign * share * math.exp(edge), rel=1e-8)
