@@ -74,32 +74,28 @@ def test_gradient_is_that_of_the_value_with_the_rest_held(case: Case, monkeypatc
     """The same where gradients are stopped: what is detached is kept as it was at the point of the derivative."""
     samples = random_samples(random.Random(5), groups=2, size=3, spread=0.4)
     objective = build_objective(case.surrogate, case.options)
-    rows = [torch.tensor(sample.new, dtype=torch.float64, requires_grad=True) for sample in samples]
+    (micro_batch,) = lay_out(samples, Layout(after=0))
     held: list[torch.Tensor] = []
-    detach = torch.Tensor.detach
 
-    def loss(*rows: torch.Tensor) -> torch.Tensor:
+    def loss(log_probs: torch.Tensor) -> torch.Tensor:
+        batch = replace(micro_batch.batch, log_probs=log_probs)
         kept = iter(list(held))  # none yet at the first call, which notes them
 
         def hold(values: torch.Tensor) -> torch.Tensor:
             if (before := next(kept, None)) is not None:
                 return before
-            held.append(detach(values).clone())
+            with torch.no_grad():
+                held.append(values.clone())
             return held[-1]
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "detach", hold)
-            return step_loss(objective, samples, rows)
+            value: torch.Tensor = objective(batch).loss
+        return value
 
-    assert loss(*rows).requires_grad and held
-    assert torch.autograd.gradcheck(loss, rows)
-
-
-def step_loss(objective: Any, samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The loss of a step as a function of the log-probs."""
-    (micro_batch,) = lay_out(samples, Layout(after=0))
-    loss: torch.Tensor = objective(replace(micro_batch.batch, log_probs=torch.cat(list(rows)))).loss
-    return loss
+    point = micro_batch.leaf.detach().requires_grad_()
+    assert loss(point).requires_grad and held
+    assert torch.autograd.gradcheck(loss, point)
 
 
 def whole_loss(objective: Any, samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> torch.Tensor:
