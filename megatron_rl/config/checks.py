@@ -1,6 +1,7 @@
 """Whether settings, model and number of ranks can work together; asked before anything is loaded.
 
-What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix.
+What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix. What can run and is
+hardly ever wanted is warned about.
 """
 
 from megatron_rl.config.architecture import Architecture
@@ -10,6 +11,7 @@ from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import Settings
 
 RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
+WARNINGS: tuple[Rule, ...] = precision.WARNINGS
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
@@ -23,3 +25,9 @@ def require_valid(settings: Settings, architecture: Architecture, world_size: in
     problems = check(settings, architecture, world_size)
     if problems:
         raise SettingsError("\n".join(problems))
+
+
+def warnings(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
+    """What is allowed and unwise, one line each, as `check` words it."""
+    case = Case(settings, architecture, world_size)
+    return [line for rule in WARNINGS for line in rule(case)]

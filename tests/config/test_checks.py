@@ -1,11 +1,12 @@
 """Combinations that cannot work: each is refused with the settings' names, its own reason and a fix."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from megatron_rl.config.architecture import LatentAttention
-from megatron_rl.config.checks import RULES, check, require_valid
+from megatron_rl.config.checks import RULES, WARNINGS, check, require_valid, warnings
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.rules.case import Case
@@ -334,3 +335,31 @@ def test_all_problems_are_raised_together() -> None:
         require_valid(settings, DENSE, 4)
     assert str(caught.value).splitlines() == check(settings, DENSE, 4)
     assert len(check(settings, DENSE, 4)) > 3
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+
+OLD_OF_THE_ENGINE = "objective.old_log_probs=rollout"
+# id: (overrides, words of the warning, or None)
+UNWISE: dict[str, tuple[str, str | None]] = {
+    "the engine's log-probs in FP8": (
+        f"{SIMULATED} {OLD_OF_THE_ENGINE}",
+        "objective.old_log_probs = rollout with precision.fp8 = simulated: .*Set objective.old_log_probs=recompute",
+    ),
+    "the engine's log-probs in bfloat16": (OLD_OF_THE_ENGINE, None),
+    "recomputed in FP8": (SIMULATED, None),
+    "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
+}
+
+
+@pytest.mark.parametrize("overrides, said", UNWISE.values(), ids=UNWISE)
+def test_what_is_unwise_is_allowed_with_a_warning(overrides: str, said: str | None) -> None:
+    settings = load_settings(None, ["policy.config=model", *overrides.split()])
+    require_valid(settings, DENSE, 1)
+    told = warnings(settings, DENSE, 1)
+    assert told == [] if said is None else len(told) == 1 and re.match(said, told[0])
+
+
+def test_every_warning_is_called_for_by_a_case() -> None:
+    cases = [load_settings(None, ["policy.config=model", *overrides.split()]) for overrides, said in UNWISE.values() if said]
+    assert all(any(list(rule(Case(settings, DENSE, 1))) for settings in cases) for rule in WARNINGS)

@@ -117,6 +117,12 @@ def test_many_groups_are_cut_short_and_say_so(tmp_path: Path) -> None:
         (["RECIPE", "layout.lr=2", "--dry-run"], "error: command line: unknown setting layout.lr. Did you mean optimizer.lr?"),
         (["RECIPE", "layout.expert=3", "--dry-run"], "error: layout.expert = 3: the model's 8 experts"),
         (["RECIPE", "policy.config=nowhere", "--dry-run"], "nowhere"),
+        (
+            ["RECIPE", "objective.surrogate=gsop", "--dry-run"],
+            "error: objective.surrogate = gsop: no surrogate is called 'gsop'; did you mean",
+        ),
+        (["RECIPE", "objective.surrogate=gsop", "layout.world_size=2"], "error: objective.surrogate = gsop"),
+        (["RECIPE", "objective.options.clip_lo=1e-4", "--dry-run"], "error: objective.options.clip_lo = 0.0001: "),
         (["RECIPE", "--ranks"], "error: --ranks shows the layout of a dry run. Add --dry-run."),
     ],
 )
@@ -126,6 +132,13 @@ def test_wrong_settings_end_with_a_message_and_code_2(recipe: Path, arguments: l
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+
+
+def test_what_is_unwise_is_said_once(recipe: Path) -> None:
+    result = run("train", recipe, "precision.fp8=simulated", "objective.old_log_probs=rollout", "--dry-run")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: objective.old_log_probs = rollout with precision.fp8 = simulated: ")
 
 
 def test_training_checks_the_settings_before_it_starts(recipe: Path, tmp_path: Path) -> None:
