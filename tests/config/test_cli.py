@@ -86,7 +86,10 @@ def test_dry_run_shows_what_differs_from_the_defaults(recipe: Path) -> None:
     assert "lr = 2e-06 *  (default 1e-06)" in output
     assert "min_lr = 0.0\n" in output
     shown = [line.strip("│├└─ ").split(" = ")[0] for line in output.splitlines() if " = " in line]
-    assert set(shown) >= {name.rpartition(".")[2] for name in setting_fields()}
+    assert set(shown) >= {name.rpartition(".")[2] for name in setting_fields() if name.startswith("optimizer.")}
+    whole = [line.split()[1] for line in output.splitlines() if "(all as by default)" in line]
+    every = {name.rpartition(".")[0] for name in setting_fields()}
+    assert "optimizer" not in whole and set(whole) | {"optimizer", "policy", "precision", "batch", "run"} >= every
 
 
 def test_dry_run_without_a_world_size_takes_the_smallest(recipe: Path) -> None:

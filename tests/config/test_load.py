@@ -156,11 +156,11 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
         return PATHS.filter(lambda path: not path.exists())
     if annotation is bool:
         return st.booleans()
-    limits = {name: getattr(limit, name) for limit in metadata for name in ("gt", "ge", "lt") if hasattr(limit, name)}
-    low, high, above = limits.get("gt", limits.get("ge")), limits.get("lt"), "gt" in limits
+    limits = {name: getattr(limit, name) for limit in metadata for name in ("gt", "ge", "lt", "le") if hasattr(limit, name)}
+    low, high, above = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le")), "gt" in limits
     if annotation is int:
         return st.integers(min_value=None if low is None else low + above)
-    return st.floats(low, high, exclude_min=above, exclude_max=high is not None, allow_nan=False, allow_infinity=False)
+    return st.floats(low, high, exclude_min=above, exclude_max="lt" in limits, allow_nan=False, allow_infinity=False)
 
 
 ALL_SETTINGS = st.fixed_dictionaries(
