@@ -6,12 +6,12 @@ hardly ever wanted is warned about.
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, layout, moe, precision, training
+from megatron_rl.config.rules import batch, layout, moe, precision, sampling, training
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import Settings
 
-RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
-WARNINGS: tuple[Rule, ...] = precision.WARNINGS
+RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES, *sampling.RULES)
+WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:

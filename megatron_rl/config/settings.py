@@ -172,6 +172,8 @@ class BatchSettings(Section):
 
     max_tokens: PositiveInt = Field(8192, description="Most tokens of one pack (micro-batch), padding included.")
     max_sequence: PositiveInt | None = Field(None, description="Longest sequence accepted; default: max_tokens.")
+    minibatches: PositiveInt = Field(1, description="Optimizer steps that a training step's groups are split into.")
+    epochs: PositiveInt = Field(1, description="How often a training step goes through its minibatches.")
 
 
 class CheckpointSettings(Section):

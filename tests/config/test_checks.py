@@ -236,6 +236,31 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 4, "layout.pipeline=4 recompute.mode=full recompute.method=block recompute.layers=3",
         "recompute.layers = 3 with recompute.method = block: no rank runs more than 2 layers", "at most 2",
     ),
+    # sampling
+    "episodes of nobody": (
+        "dense", 1, "sampling.strategy=episodes",
+        "sampling.strategy = episodes with sampling.environment = null", "Name one",
+    ),
+    "environment of nobody": (
+        "dense", 1, "sampling.environment=mine:Game",
+        "sampling.environment = mine:Game with sampling.strategy = grouped", "episodes or turn_groups",
+    ),
+    "partial and ahead": (
+        "dense", 1, "sampling.partial=true sampling.ahead=2",
+        "sampling.ahead = 2 with sampling.partial = true", "sampling.ahead=0",
+    ),
+    "samples longer than packs": (
+        "dense", 1, "sampling.max_tokens=9000",
+        "sampling.max_tokens = 9000 with batch.max_tokens = 8192", "at most 8192",
+    ),
+    "responses too short to be long enough": (
+        "dense", 1, "sampling.min_new_tokens=2000",
+        "sampling.min_new_tokens = 2000 with sampling.max_new_tokens = 1024", "at most 1024",
+    ),
+    "more minibatches than groups": (
+        "dense", 1, "batch.minibatches=33",
+        "batch.minibatches = 33 with sampling.groups = 32", "at most 32",
+    ),
 }  # fmt: skip
 
 SPECIAL = {
@@ -348,6 +373,7 @@ UNWISE: dict[str, tuple[str, str | None]] = {
     ),
     "the engine's log-probs in bfloat16": (OLD_OF_THE_ENGINE, None),
     "recomputed in FP8": (SIMULATED, None),
+    "drawn from a part": ("sampling.top_p=0.9 sampling.top_k=50", r"sampling.top_p = 0.9 and sampling.top_k = 50: .*Ratios"),
     "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
 }
 
