@@ -21,6 +21,8 @@ from megatron_rl.rollout.strategies.igrpo import Improved
 from megatron_rl.rollout.strategies.turns import TurnGroups
 from megatron_rl.types import Prompt
 
+type Messages = Sequence[Mapping[str, str]]
+
 
 def make_strategy(settings: SamplingSettings, chat: Chat) -> Strategy:
     """The strategy; what it cannot work with is found here, before a server is asked for anything."""
