@@ -176,6 +176,25 @@ class CheckpointSettings(Section):
     )
 
 
+class BankSettings(Section):
+    """The bank: where finished groups are kept, how safely, and for how long."""
+
+    directory: Path | None = Field(None, description="Its folder; default: bank in run.directory.")
+    durable_against: Literal["power_loss", "kill"] = Field(
+        "power_loss",
+        description="What a group reported as finished survives: loss of power (the disk is synchronised, once for all groups "
+        "that wait), or the end of the process alone.",
+    )
+    gather_seconds: NonNegativeFloat = Field(
+        0.0, description="How long a finished group waits for others to be synchronised with it, on disks slow at that."
+    )
+    keep_steps: PositiveInt | None = Field(None, description="Sealed steps kept; older ones are removed. Default: all.")
+    keep_bytes: PositiveInt | None = Field(
+        None, description="Bytes of sealed steps kept; the oldest are removed, never the newest. Default: all."
+    )
+    texts: bool = Field(True, description="Keep prompts and responses as text also, for those who open the files directly.")
+
+
 class RunSettings(Section):
     """The run itself."""
 
@@ -205,5 +224,6 @@ class Settings(Section):
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    bank: BankSettings = BankSettings()
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
