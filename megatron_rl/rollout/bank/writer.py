@@ -58,6 +58,8 @@ class Bank:
 
     def submit(self, group: Group) -> "Future[None]":
         """Keep a finished group; the future is done when it is durable."""
+        if not group.samples:
+            raise BankError(f"group {group.key} cannot be kept: it has no samples.")
         return self._committer.record(Kind.GROUP, group.key, partial(encode_group, group))
 
     async def add(self, group: Group) -> None:
