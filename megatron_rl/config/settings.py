@@ -224,7 +224,6 @@ class DataSettings(Section):
     too_long: Literal["drop", "error"] = Field("drop", description="What becomes of a longer one.")
     shuffle: bool = Field(True, description="A new order every epoch; else the order of the rows.")
     seed: NonNegativeInt | None = Field(None, description="Seed of the order; default: run.seed.")
-    workers: PositiveInt = Field(1, description="Processes that tokenise; worth it from a million prompts on.")
     cache: Path | None = Field(None, description="Where Arrow files are kept; default: the cache of datasets.")
 
 

@@ -15,7 +15,7 @@ type Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Renderer:
-    """How conversations become tokens, by the settings. Travels to worker processes."""
+    """How conversations become tokens, by the settings."""
 
     tokenizer: Tokenizer
     settings: DataSettings

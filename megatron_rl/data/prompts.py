@@ -45,7 +45,7 @@ class PromptSource:
         self.name, self.weight = source.name, source.settings.weight
         self._source = source
         source.require_columns()
-        self._tokenised = self._tokenise(renderer, settings)
+        self._tokenised = self._tokenise(renderer)
         lengths = self._tokenised.data.column("length").to_numpy()
         chosen = (
             held_out(len(lengths), self.name, share) == (part == "validation") if share else np.ones(len(lengths), np.bool_)
@@ -60,7 +60,8 @@ class PromptSource:
             row = int(np.flatnonzero(chosen & (lengths > longest))[0])
             raise DataError(
                 f"data source {source.settings.path}: {self.counts['too long']:,} prompts are longer than "
-                f"data.max_prompt_tokens = {longest}; the first is row {row} with {lengths[row]} tokens. Raise the limit, or set data.too_long=drop."
+                f"data.max_prompt_tokens = {longest}; the first is row {row} with {lengths[row]} tokens. "
+                "Raise the limit, or set data.too_long=drop."
             )
         self.kept: NDArray[np.int64] = np.flatnonzero(chosen & (lengths > 0) & (lengths <= longest))
         self.lengths: NDArray[np.int64] = lengths[self.kept].astype(np.int64)
@@ -84,7 +85,7 @@ class PromptSource:
             max_new_tokens=None if limit is None or cells[limit] is None else int(cells[limit]),
         )
 
-    def _tokenise(self, renderer: Renderer, settings: DataSettings) -> datasets.Dataset:
+    def _tokenise(self, renderer: Renderer) -> datasets.Dataset:
         rows, own = self._source.rows, self._source.settings
         self._messages = renderer.conversation_of(self._source)
         relevant = own.model_dump(include={"path", "prompt", "messages", "wording", "system"})
@@ -96,7 +97,6 @@ class PromptSource:
                 batched=True,
                 remove_columns=self._source.columns,
                 features=TOKENISED,
-                num_proc=settings.workers if settings.workers > 1 else None,
                 new_fingerprint=digest(rows._fingerprint, relevant, renderer.fingerprint()),
                 desc=f"tokenising {self.name}",
             )
@@ -122,6 +122,11 @@ class PromptStream:
         for source in self.sources:
             total.update(source.counts)
         return total
+
+    @property
+    def shares(self) -> list[float]:
+        """How much of all prompts each source gives."""
+        return [weight / self._interleave.period for weight in self._interleave.weights]
 
     def at(self, position: int) -> Draw:
         """What stands at a position."""
@@ -154,7 +159,8 @@ class PromptStream:
             if state.get(name) != value:
                 raise DataError(
                     f"data: the saved position belongs to {name} = {json.dumps(state.get(name))}, and now it is "
-                    f"{json.dumps(value)}: the same position would be another prompt. Restore the settings and files under data, or start a new run."
+                    f"{json.dumps(value)}: the same position would be another prompt. "
+                    "Restore the settings and files under data, or start a new run."
                 )
         self.position = int(state["position"])
 

@@ -9,7 +9,7 @@ import string
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,13 @@ from megatron_rl.config.errors import DataError
 from megatron_rl.config.settings import SourceSettings
 from megatron_rl.data.tasks import PREFIX, REVISION, task_options, task_rows
 
-READERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv", "tsv": "csv"}
+READERS: Mapping[str, Callable[..., datasets.Dataset]] = {
+    "jsonl": datasets.Dataset.from_json,
+    "json": datasets.Dataset.from_json,
+    "parquet": datasets.Dataset.from_parquet,
+    "csv": datasets.Dataset.from_csv,
+    "tsv": partial(datasets.Dataset.from_csv, sep="\t"),
+}
 FILE = re.compile(r"(?P<stem>[^/]*?)\.(?P<kind>jsonl|json|parquet|csv|tsv)(\.(gz|zst|bz2|xz))?$")
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -86,6 +92,8 @@ class Source:
             made = partial(task_rows, name, options)
             return datasets.Dataset.from_generator(made, cache_dir=folder, fingerprint=digest(name, repr(options), REVISION))
         if FUNCTION.fullmatch(path):
+            if cache is not None:
+                cache.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="megatron-rl-rows-", dir=folder, ignore_cleanup_errors=True)
             made = partial(_rows_of, path, self.settings.options)
             with _told(path):
@@ -98,9 +106,8 @@ class Source:
     def _load(self, path: str, folder: str | None) -> datasets.Dataset:
         file = FILE.search(path)
         if file is not None:
-            reader = READERS[file["kind"]]
-            options = {"delimiter": "\t"} if file["kind"] == "tsv" else {}
-            return datasets.load_dataset(reader, data_files=path, split="train", cache_dir=folder, **options)
+            # Not by load_dataset, which tells the hub of every local file that is read, and waits where there is no network.
+            return READERS[file["kind"]](path, cache_dir=folder)
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(path)
             return loaded[self.settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded

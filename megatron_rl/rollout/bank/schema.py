@@ -82,11 +82,11 @@ def _component(name: str) -> bool:
 
 def rows(pairs: Sequence[tuple[Group, int]], columns: pa.Schema, decode: Decode | None) -> pa.Table:
     """Samples, each its group and its place in it, as rows."""
-    parts = [_row(group, index, decode) for group, index in pairs]
+    parts = [cells_of_sample(group, index, decode) for group, index in pairs]
     return pa.Table.from_arrays([_column(field, parts) for field in columns], schema=columns)
 
 
-def _row(group: Group, index: int, decode: Decode | None) -> dict[str, Any]:
+def cells_of_sample(group: Group, index: int, decode: Decode | None) -> dict[str, Any]:
     """One sample's cells by column; arrays stay arrays. What a sample has none of is left out."""
     sample, prompt = group.samples[index], group.prompt
     versions = [segment.version for segment in sample.segments if segment.version is not None]

@@ -98,6 +98,11 @@ class SealedStep:
         return self._file.bytes_read
 
     @property
+    def schema(self) -> pa.Schema:
+        """All columns, also those that this program does not know."""
+        return self._parquet.schema_arrow.remove_metadata()
+
+    @property
     def column_names(self) -> list[str]:
         return list(self._parquet.schema_arrow.names)
 
@@ -115,6 +120,11 @@ class SealedStep:
             return read(columns=list(names), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise BankError(f"{self.path} is damaged: {error}. Restore it from a copy.") from error
+
+    def tables(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """These columns, a row group at a time."""
+        for number in range(self._parquet.num_row_groups):
+            yield self.columns(names, number)
 
     def plan(self) -> pa.Table:
         """The small columns of every row: group, length, reward and the like."""
@@ -144,12 +154,12 @@ class SealedStep:
 
     def groups(self) -> Iterator[Group]:
         """All groups, bit for bit as they were appended, one row group in memory at a time."""
-        for _, cells in groupby(self._cells(), key=lambda cells: cells["group"]):
+        for _, cells in groupby(self.cells(), key=lambda cells: cells["group"]):
             yield group_of(list(cells))
 
-    def _cells(self) -> Iterator[dict[str, Any]]:
-        for number in range(self._parquet.num_row_groups):
-            table = self.columns(self.column_names, number)
+    def cells(self, names: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Row after row, these columns or all."""
+        for table in self.tables(self.column_names if names is None else names):
             for row in range(table.num_rows):
                 yield cells_of(table, row)
 
