@@ -214,8 +214,10 @@ def test_the_same_prompts_come_on_any_number_of_ranks_and_from_any_position(open
     for ranks in (1, 2, 3, 8):
         streams = [sources() for _ in range(min(ranks, 3))]
         for rank, stream in enumerate(streams):
-            drawn = [draw for count in (50, 1, 69) for draw in stream.take(count, rank=rank, ranks=ranks)]
-            assert [(d.position, d.epoch, d.prompt.key) for d in drawn] == [one for one in whole if one[0] % ranks == rank]
+            own = [draw for count in (50, 1, 69) for draw in stream.take(count, rank=rank, ranks=ranks)]
+            assert [(draw.position, draw.epoch, draw.prompt.key) for draw in own] == [
+                one for one in whole if one[0] % ranks == rank
+            ]
     for position in (1, 37, 84, 119):
         left = sources()
         left.take(position)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,9 +268,14 @@ def test_retention_keeps_the_newest(tmp_path: Path, limits: dict[str, int], left
 
 
 def test_many_tasks_wait_for_few_synchronisations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    sync = os.fsync
-    monkeypatch.setattr(files, "sync", lambda descriptor: (calls.append(descriptor), sync(descriptor)))
+    calls: list[int] = []
+    sync = files.sync
+
+    def counted(descriptor: int) -> None:
+        calls.append(descriptor)
+        sync(descriptor)
+
+    monkeypatch.setattr(files, "sync", counted)
 
     async def keep(bank: Bank) -> None:
         await asyncio.gather(*(bank.add(made(str(number))) for number in range(200)))
@@ -284,9 +290,9 @@ def test_many_tasks_wait_for_few_synchronisations(tmp_path: Path, monkeypatch: p
 
 def test_nothing_is_reported_before_it_is_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Bank(tmp_path) as bank:
-        states = []
+        states: list[list[bool]] = []
         sync = files.sync
-        futures = []
+        futures: list[Future[None]] = []
 
         def watched(descriptor: int) -> None:
             states.append([future.done() for future in futures])

@@ -16,6 +16,7 @@ from megatron_rl.config.settings import BankSettings
 from megatron_rl.rollout.bank.frames import OVERHEAD, Kind, frame
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.writer import Bank
+from megatron_rl.types import Group
 from tests.rollout.banks import contents, exact, made, random_moments
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def test_a_crash_between_any_two_file_operations_loses_and_doubles_nothing(lives
     assert operations > 50
 
 
-def check_and_go_on(lives: Lives, path: Path, lines: list[str], expected: dict[str, object]) -> None:
+def check_and_go_on(lives: Lives, path: Path, lines: list[str], expected: dict[str, Group]) -> None:
     """After a crash: what was told is there, a crash while mending changes nothing, the script ends as if uninterrupted."""
     for again in (int(path.name) % 4, 10**9):
         copy = path.with_name(f"{path.name}_{again}")
