@@ -6,11 +6,19 @@ hardly ever wanted is warned about.
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, layout, moe, precision, sampling, training
+from megatron_rl.config.rules import batch, data, layout, moe, precision, sampling, training
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import Settings
 
-RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES, *sampling.RULES)
+RULES: tuple[Rule, ...] = (
+    *layout.RULES,
+    *moe.RULES,
+    *batch.RULES,
+    *precision.RULES,
+    *training.RULES,
+    *data.RULES,
+    *sampling.RULES,
+)
 WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS)
 
 
