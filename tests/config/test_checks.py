@@ -236,6 +236,19 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 4, "layout.pipeline=4 recompute.mode=full recompute.method=block recompute.layers=3",
         "recompute.layers = 3 with recompute.method = block: no rank runs more than 2 layers", "at most 2",
     ),
+    # data
+    "weights of some sources": (
+        "dense", 1, 'data.sources=[{"path":"a.jsonl","weight":1},{"path":"b.jsonl"}]',
+        "data.sources: b.jsonl has no weight", "every source, or to none",
+    ),
+    "template of nobody": (
+        "dense", 1, "data.template=none data.chat_template=own.jinja",
+        "data.chat_template = own.jinja with data.template = none", "data.template=chat",
+    ),
+    "two questions": (
+        "dense", 1, 'data.sources=[{"path":"a.jsonl","prompt":"p","messages":"m"}]',
+        "data source a.jsonl: prompt and messages are set", "Keep one",
+    ),
     # sampling
     "episodes of nobody": (
         "dense", 1, "sampling.strategy=episodes",
