@@ -5,11 +5,11 @@ What Megatron-core would refuse deep inside a start-up on every rank is refused 
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, layout, moe, precision, training
+from megatron_rl.config.rules import batch, layout, moe, precision, servers, training
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import Settings
 
-RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
+RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES, *servers.RULES)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
