@@ -6,7 +6,7 @@ hardly ever wanted is warned about.
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, data, layout, moe, precision, sampling, training
+from megatron_rl.config.rules import batch, data, layout, moe, precision, sampling, servers, training
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import Settings
 
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     *training.RULES,
     *data.RULES,
     *sampling.RULES,
+    *servers.RULES,
 )
 WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS)
 

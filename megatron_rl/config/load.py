@@ -20,7 +20,14 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
 # Paths that are read: looked for beside the file that names them.
-INPUT_PATHS = ("policy.config", "policy.init", "data.tokenizer", "data.chat_template")
+INPUT_PATHS = (
+    "policy.config",
+    "policy.init",
+    "data.tokenizer",
+    "data.chat_template",
+    "servers.api_key_file",
+    "servers.urls_file",
+)
 INPUT_LISTS = ("data.sources", "data.validation_sources")  # entries with a member `path` that is one
 
 

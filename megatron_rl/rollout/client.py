@@ -3,12 +3,13 @@
 What would kill a server cannot be said here. Measured on SGLang 0.5.17, each of these ends the scheduler process:
 tokens outside the vocabulary (so the client knows its size); an update of the weights that flushes the cache while requests
 are queued (so updates never flush: `flush_cache` is a call of its own, which a busy server refuses); tensors that name another
-process's memory (so tensors travel by value); memory released while requests run, or resumed when it was not released
-(so releasing pauses first, and resuming follows releasing).
+process's memory (so tensors travel by value); an update over a group that the server has not joined (so joining comes first);
+memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
 """
 
 import base64
 import pickle
+import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -74,6 +75,7 @@ class Client:
         self.patience = patience or Patience()
         self._connection = Connection(url, api_key, self.patience)
         self._released = False
+        self._groups: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -208,6 +210,8 @@ class Client:
         """Receive weights that rank 0 of the group broadcasts, one by one in this order, or flattened into one bucket."""
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: one of each for every tensor")
+        if group not in self._groups:
+            raise ValueError(f"{self.url} has not joined the group {group} through this client; join_group comes first")
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -230,8 +234,11 @@ class Client:
             "backend": backend,
         }
         await self._succeed("/init_weights_update_group", body)
+        self._groups.add(group)
 
     async def leave_group(self, group: str) -> None:
+        """The end of that group on the server."""
+        self._groups.discard(group)
         await self._succeed("/destroy_weights_update_group", {"group_name": group})
 
     async def set_version(self, version: int) -> None:
@@ -267,6 +274,18 @@ class Client:
         reply = await self._connection.ask("/model_info")
         with self._connection.trusting("/model_info"):
             return replies.read_model_info(reply)
+
+    async def vocabulary_size(self) -> int:
+        """How many tokens the server's model has. It tells when it refuses a bias for a token that no model has."""
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "logit_bias": {str(2**31 - 1): 0.0}}}
+        try:
+            await self._connection.call("/generate", body, self.patience.answer)
+        except Refused as refused:
+            told = re.search(r"keys in \[0, (\d+)\]", refused.what)
+            if told:
+                return int(told[1]) + 1
+        with self._connection.trusting("/generate"):
+            raise replies.Untrusted("it did not tell the size of its vocabulary")
 
     async def server_info(self) -> ServerInfo:
         reply = await self._connection.ask("/server_info")

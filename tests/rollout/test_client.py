@@ -169,6 +169,8 @@ def test_what_would_kill_a_server_does_not(tiny_server: TinyServer) -> None:
                 await client.generate(prompt, LONG)
         with pytest.raises(ValueError, match="released no memory"):
             await client.resume_memory()
+        with pytest.raises(ValueError, match="not joined"):
+            await client.update_from_distributed(["a"], ["float32"], [[1]], "nobody", version=1)
 
         running = asyncio.create_task(client.generate(PROMPT, LONG))
         await asyncio.sleep(0.3)
