@@ -72,6 +72,11 @@ class Tokenizer:
         text: str = self._inner.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Text as people and tools read it: without special tokens."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds to those before it. A character of several tokens comes with the last of them."""
         texts = []

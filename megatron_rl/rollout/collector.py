@@ -65,13 +65,16 @@ class Position:
     pending: tuple[int, ...] = ()  # of these, the ones that later steps have begun with, place by place
 
 
+BEGINNING = Position()
+
+
 @dataclass
 class Collected:
     """What filled a step."""
 
     step: int
     keys: list[str] = field(default_factory=list)
-    position: Position = Position()  # behind this step: where a resumed run goes on
+    position: Position = BEGINNING  # behind this step: where a resumed run goes on
     thrown: int = 0  # groups whose rewards were all equal
     failed: int = 0  # prompts that gave no group
     cut: int = 0  # responses that go on in the next step
@@ -110,7 +113,7 @@ class Collector:
         plan: Plan,
         *,
         step: int = 0,
-        position: Position = Position(),
+        position: Position = BEGINNING,
     ) -> None:
         """`step` and `position`: where a resumed run goes on."""
         self.prompts, self.strategy, self.floor, self.bank, self.plan = prompts, strategy, floor, bank, plan

@@ -1,25 +1,28 @@
 """Strategies from settings; what is wrong with them is said before anything is sampled."""
 
 import asyncio
+import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.errors import DataError, SettingsError
 from megatron_rl.config.settings import SamplingSettings
+from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.rollout.chat import Chat
 from megatron_rl.rollout.strategies.choose import make_strategy
 from megatron_rl.rollout.strategies.igrpo import Improved
 from megatron_rl.types import Prompt
-from tests.reference.tiny_checkpoint import END, tiny_tokenizer
+from tests.reference.tiny_checkpoint import END, saved_tokenizer, tiny_tokenizer
 
 CALCULATOR = "megatron_rl.rollout.environments.calculator:Calculator"
 
 
 def chosen(**settings: Any) -> Any:
-    return make_strategy(SamplingSettings(**settings), Chat(tiny_tokenizer()))
+    return make_strategy(SamplingSettings(**settings), Chat(saved_tokenizer()))
 
 
 def test_the_second_prompt_holds_the_draft_as_it_was_written() -> None:
@@ -59,11 +62,9 @@ def test_wrong_environments_are_refused(settings: dict[str, Any], message: str) 
         chosen(**settings)
 
 
-def test_turns_need_a_chat_template() -> None:
-    tokenizer = tiny_tokenizer()
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        with pytest.raises(SettingsError, match="no chat template"):
-            chosen(strategy="igrpo")
-    finally:
-        tokenizer.chat_template = template
+def test_turns_need_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = copy.copy(tiny_tokenizer())
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no chat template"):
+        make_strategy(SamplingSettings(strategy="igrpo"), Chat(Tokenizer(str(tmp_path))))

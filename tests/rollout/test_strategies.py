@@ -20,10 +20,10 @@ from megatron_rl.rollout.strategies.igrpo import Improved
 from megatron_rl.rollout.strategies.turns import TurnGroups
 from megatron_rl.rollout.trajectory import Trajectory
 from megatron_rl.types import Prompt, Sample
-from tests.reference.tiny_checkpoint import END, tiny_tokenizer
+from tests.reference.tiny_checkpoint import END, saved_tokenizer, tiny_tokenizer
 from tests.rollout.scripted import Grader, Writer, floor
 
-CHAT = Chat(tiny_tokenizer())
+CHAT = Chat(saved_tokenizer())
 PROMPT = Prompt("p", np.array([5, 6, 7], np.int64), ({"role": "user", "content": "x"},))
 
 
