@@ -163,9 +163,10 @@ class Collector:
             used |= {draw_of(key) for key in keys}
             self._begun += self.plan.groups
             step += 1
-        drawn = {draw_of(key) for key in (*self.bank.waiting(), *self.bank.carried())} | used
-        draws = max([self._draws, *(draw + 1 for draw in drawn)])
-        self._pending = [draw for draw in (*self._pending, *range(self._draws, draws)) if draw not in used]
+        kept = {draw_of(key) for key in (*self.bank.waiting(), *self.bank.carried())}
+        draws = max([self._draws, *(draw + 1 for draw in used | kept)])
+        done = used | kept if self.plan.partial else used  # first-done steps find what is kept by themselves
+        self._pending = [draw for draw in (*self._pending, *range(self._draws, draws)) if draw not in done]
         self._draws = draws
 
     # -- in order ------------------------------------------------------------------------------------------------------

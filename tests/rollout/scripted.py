@@ -20,7 +20,7 @@ END = 2
 
 
 class Writer:
-    """Writes `length(tokens)` tokens and an end, a token at each turn of the event loop, under the present version."""
+    """Writes until there are `length(tokens)` tokens, then an end; one at each turn of the event loop."""
 
     def __init__(self, length: Callable[[NDArray[np.int64]], int], seed: int = 0) -> None:
         self.length, self.version, self.asked = length, 0, 0
@@ -32,13 +32,13 @@ class Writer:
         cut = self._cut
         written: list[int] = []
         versions: list[int] = []
-        finish = "length"
+        finish, goal = "length", self.length(tokens)
         for _ in range(sampling.max_new_tokens):
             await asyncio.sleep(0)
             if cut.is_set():
                 finish = "abort"
                 break
-            done = len(tokens) + len(written) >= self.length(tokens)
+            done = len(tokens) + len(written) >= goal
             written.append(END if done else self.random.randrange(3, 100))
             versions.append(self.version)
             if done:

@@ -5,11 +5,9 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from megatron_rl.rollout.collector import Collected, Collector, Plan, Position
 from megatron_rl.rollout.staleness import Staleness
@@ -20,18 +18,13 @@ from tests.rollout.scripted import Counting, Grader, Shelf, Writer, floor
 
 
 def lengths(seed: int) -> Writer:
-    """Responses of 1 to 40 tokens, by chance."""
+    """Responses, and what follows when they are cut off, of 1 to 40 tokens, by chance."""
     chance = random.Random(seed)
-    known: dict[int, int] = {}
-
-    def length(tokens: NDArray[np.int64]) -> int:
-        return 3 + known.setdefault(int(tokens[3]) if len(tokens) > 3 else chance.randrange(10**9), chance.randrange(1, 40))
-
-    return Writer(length, seed)
+    return Writer(lambda tokens: len(tokens) + chance.randrange(1, 40), seed)
 
 
 def collector(writer: Writer, shelf: Shelf, plan: Plan, grader: Grader | None = None, **position: object) -> Collector:
-    return Collector(Counting(), Grouped(2), floor(writer, grader), shelf, plan, **position)  # type: ignore[arg-type]
+    return Collector(Counting(), Grouped(2), floor(writer, grader, response=1000, total=2000), shelf, plan, **position)  # type: ignore[arg-type]
 
 
 async def train(sampler: Collector, writer: Writer, steps: range) -> list[Collected]:
