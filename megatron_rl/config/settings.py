@@ -385,3 +385,7 @@ class Settings(Section):
     sglang: dict[str, Any] = Field({}, description="Arguments of own servers, by SGLang's names: {tp_size: 4}.")
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
+
+    @property
+    def bank_directory(self) -> Path:
+        return self.bank.directory or self.run.directory / "bank"

@@ -183,11 +183,12 @@ def test_templates_switches_and_system_prompts(opened: Open, tokenizer: Tokenize
     turns = "user\na", "assistant\nb", "user\nc"
     said = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
     assert texts({"messages": "talk"}) == [said, f"<|im_start|>system\nown<|im_end|>\n{said}"]
-    assert texts({"messages": "talk"}, system="all")[0] == f"<|im_start|>system\nall<|im_end|>\n{said}"
+    heads = [f"<|im_start|>system\n{name}<|im_end|>\n" for name in ("all", "own")]
+    assert texts({"messages": "talk"}, system="all") == [heads[0] + said, heads[1] + said]
     assert texts({"messages": "talk", "system": ""}, system="all")[0] == said
     assert texts({"messages": "talk"}, chat_template_kwargs={"enable_thinking": False})[0] == f"{said}<think>\n\n</think>\n\n"
     worded = texts({"wording": "{q} = {{?}}"}, template="none")
-    assert worded == ["1+1 = {?}", "1+2 = {?}"]
+    assert worded == ["<|endoftext|>1+1 = {?}", "<|endoftext|>1+2 = {?}"]  # plain text is begun as the model knows it
     own = Tokenizer(tokenizer.path, chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
     assert texts({"messages": "talk"}, using=own)[0] == "[a][b][c]"
 

@@ -149,6 +149,7 @@ def test_stats_sums_every_step_up(home: Path) -> None:
     lines = [line.split() for line in run("stats", home / "bank").stdout.splitlines()]
     table = {" ".join(line[:2]) if line[0] == "step" else line[0]: line for line in lines if line}
     assert table["step 0"][2:9] == ["2", "4", "0.750", "0.433", "0.750", "0.500", "1"]
+    assert table["step 1"][2:4] == ["1", "1"] and table["step 1"][8] == "1"
     assert table["step 0"][-6:] == ["stop", "3", "length", "1", "1", "0-1"]
     assert table["waiting"][1:4] == ["1", "1", "1.000"] and "carried" in table
 
