@@ -12,7 +12,7 @@ from megatron_rl.config.load import load_settings
 from megatron_rl.config.rules.case import Case
 from megatron_rl.config.settings import Settings
 from tests.config.models import DENSE, EXPERTS, LATENT, MODELS
-from tests.config.wrong_settings import SIMULATED, WRONG
+from tests.config.wrong_settings import FP8, SIMULATED, WRONG
 
 SPECIAL = {
     "heads 6": replace(DENSE, heads=6, kv_heads=3, ffn_hidden=4095),
