@@ -28,13 +28,6 @@ INPUT_PATHS = (
     "servers.api_key_file",
     "servers.urls_file",
 )
-    "policy.config",
-    "policy.init",
-    "data.tokenizer",
-    "data.chat_template",
-    "servers.api_key_file",
-    "servers.urls_file",
-)
 INPUT_LISTS = ("data.sources", "data.validation_sources")  # entries with a member `path` that is one
 
 

@@ -7,13 +7,10 @@ A run is described by one `Settings` tree. It is read by `config.load`, checked 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
+from megatron_rl.config.section import Section
 
 
 class PolicySettings(Section):
@@ -152,32 +149,6 @@ class ObjectiveSettings(Section):
     reference: Literal["none", "initial"] = Field(
         "none", description="The frozen model that KL penalties and some surrogates compare with: none, or the first weights."
     )
-
-
-class RewardPart(Section):
-    """One component of the reward."""
-
-    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
-
-    name: str = Field(description="A reward's name, or your function as my_package.my_module:function.")
-    weight: float = Field(1.0, description="Its factor in the sum; 0 measures without rewarding.")
-    options: dict[str, Any] = Field({}, description="Its options.")
-    component: str | None = Field(None, alias="as", description="The component's name; default: the reward's.")
-
-
-class ScoringSettings(Section):
-    """How rewards are computed, whichever they are."""
-
-    text: Literal["last_turn", "all_turns"] = Field(
-        "last_turn", description="What rewards read of an episode: the policy's last turn, or all that it wrote."
-    )
-    failure_reward: float = Field(
-        0.0, description="Reward of a sample that a component could not score; its `failure` says why."
-    )
-    workers: PositiveInt | None = Field(
-        None, description="Processes for rewards that compute; default: as many as cores, 16 at most."
-    )
-    worker_memory: PositiveFloat | None = Field(8.0, description="GiB of address space of a worker; null for no limit.")
 
 
 class RecomputeSettings(Section):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat
 
-from megatron_rl.config.settings import Section
+from megatron_rl.config.section import Section
 from megatron_rl.types import Prompt, Sample
 
 

@@ -5,13 +5,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.config.settings import ScoringSettings
+from megatron_rl.config.reward_settings import ScoringSettings
 from megatron_rl.rewards.base import AwaitedReward, ComputedReward, RewardError, Scored, checked
 from megatron_rl.rewards.registry import Component
 from megatron_rl.rewards.worker import say
@@ -96,6 +97,17 @@ class RewardModel:
             if task is None or task.cancelling():  # it is we who shall stop; else the reward cancelled itself
                 raise
             return say(error)
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A reward model as sampling strategies ask for it: samples in, the same samples with their rewards out."""
+
+    model: RewardModel
+
+    async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
+        scored = await self.model.score(prompt, samples)
+        return [each.onto(sample) for each, sample in zip(scored, samples, strict=True)]
 
 
 async def _within(reward: AwaitedReward[Any], prompt: Prompt, text: str, sample: Sample) -> float:

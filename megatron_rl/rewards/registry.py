@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.names import allowed_values
-from megatron_rl.config.settings import RewardPart
+from megatron_rl.config.reward_settings import RewardPart
 from megatron_rl.rewards import function, rules, shape
 from megatron_rl.rewards.base import Options, Reward
 from megatron_rl.rewards.code import Code
@@ -38,7 +38,6 @@ REWARDS: dict[str, type[Reward[Any]]] = {
         Code,
         shape.Format,
         shape.Length,
-        shape.Environment,
         Http,
         Judge,
     )

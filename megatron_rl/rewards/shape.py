@@ -1,13 +1,14 @@
 """Rewards for the shape of a response rather than for what it says.
 
-The soft penalty on overlong responses of DAPO is a penalty of the objective (`overlong`), not a reward.
+The soft penalty on overlong responses of DAPO is a penalty of the objective (`overlong`), not a reward. What an
+environment gives for turns is added by the episode.
 """
 
 import re
 from itertools import pairwise
 from typing import ClassVar, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from megatron_rl.rewards.base import ComputedReward, Options, RewardError, TimedOptions, column
 from megatron_rl.rewards.rules import compiled
@@ -101,18 +102,3 @@ class Length(ComputedReward[LengthOptions]):
             return int(budget)
         except (TypeError, ValueError):
             raise RewardError(f"column '{self.options.budget}' holds no whole number: {budget!r:.100}") from None
-
-
-class EnvironmentOptions(TimedOptions):
-    discount: PositiveFloat = Field(1.0, le=1, description="Factor for each turn that comes before a reward.")
-
-
-class Environment(ComputedReward[EnvironmentOptions]):
-    """What the environment of a multi-turn episode gave: the sum over turns."""
-
-    name: ClassVar[str] = "environment"
-    takes: ClassVar[type[Options]] = EnvironmentOptions
-    example: ClassVar[str] = "{name: environment}"
-
-    def score(self, prompt: Prompt, text: str, sample: Sample) -> float:
-        return sum(self.options.discount**turn * reward for turn, reward in enumerate(sample.turn_rewards))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.config.settings import RewardPart, ScoringSettings
+from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
 from megatron_rl.rewards.base import ComputedReward, Scored
 from megatron_rl.rewards.model import RewardModel
 from megatron_rl.rewards.registry import build, make
@@ -28,7 +28,7 @@ def prompt(**fields: Any) -> Prompt:
     return Prompt("source/1", tokens(QUESTION), messages, fields)
 
 
-def sample(*turns: str, learned: Sequence[bool] = (), environment: str = "", turn_rewards: tuple[float, ...] = ()) -> Sample:
+def sample(*turns: str, learned: Sequence[bool] = (), environment: str = "") -> Sample:
     """An episode: the question, the policy's turns, and what the environment says between them."""
     text, segments = QUESTION, [Segment(0, len(QUESTION), "prompt")]
     for turn, said in enumerate(turns):
@@ -39,7 +39,7 @@ def sample(*turns: str, learned: Sequence[bool] = (), environment: str = "", tur
         segments.append(Segment(len(text), len(text) + len(said), "policy", 1, turn, counts))
         text += said
     log_probs = np.zeros(len(text), dtype=np.float32)
-    return Sample(tokens(text), log_probs, tuple(segments), "stop", turn_rewards=turn_rewards)
+    return Sample(tokens(text), log_probs, tuple(segments), "stop")
 
 
 def computed(name: str, text: str, options: dict[str, Any] | None = None, **fields: Any) -> float:

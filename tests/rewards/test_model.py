@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import RewardPart, ScoringSettings
+from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
 from megatron_rl.rewards.base import Scored
-from megatron_rl.rewards.model import RewardModel, policy_text
+from megatron_rl.rewards.model import Grader, RewardModel, policy_text
 from megatron_rl.rewards.registry import build
+from megatron_rl.rollout.strategies.base import Judge
+from megatron_rl.types import Sample
 from tests.rewards.samples import decode, prompt, sample, scored
 
 ONE = ScoringSettings(workers=1)
@@ -50,6 +52,19 @@ def test_a_sample_takes_its_score_and_keeps_what_it_had() -> None:
     assert after.tokens is before.tokens and before.reward == 0 and before.failure is None
     again = Scored({"format": 1.0}, 0.1).onto(after)
     assert again.rewards == {"math": 1.0, "format": 1.0} and again.failure == "wrong"
+
+
+def test_a_grader_gives_samples_their_rewards_in_order() -> None:
+    async def grade() -> list[Sample]:
+        async with RewardModel(build([RewardPart(name="numeric", weight=2.0)]), ONE, decode) as model:
+            grader: Judge = Grader(model)
+            return list(await grader.score(prompt(answer=7), [sample("7"), sample("8"), sample("is 7")]))
+
+    assert [(each.reward, dict(each.rewards)) for each in asyncio.run(grade())] == [
+        (2, {"numeric": 1}),
+        (0, {"numeric": 0}),
+        (2, {"numeric": 1}),
+    ]
 
 
 def test_no_components_are_a_reward_of_zero() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from megatron_rl.cli import app
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings, load_settings
-from megatron_rl.config.settings import RewardPart
+from megatron_rl.config.reward_settings import RewardPart
 from megatron_rl.rewards.registry import REWARDS, build, catalogue, columns
 from tools.reward_docs import PAGE, text
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import ScoringSettings
+from megatron_rl.config.reward_settings import ScoringSettings
 from megatron_rl.rewards.base import Scored
 from tests.rewards.samples import QUESTION, scored
 

@@ -1,4 +1,4 @@
-"""format, length, environment: what counts as well built and as the right length."""
+"""format and length: what counts as well built and as the right length."""
 
 import pytest
 from hypothesis import given
@@ -59,13 +59,3 @@ def test_length_counts_tokens_that_are_learned_from_and_characters_of_what_is_ju
 def test_a_budget_that_is_no_number_is_the_samples_failure() -> None:
     with pytest.raises(RewardError, match="column 'room' holds no whole number: 'much'"):
         computed("length", "x", {"budget": "room"}, room="much")
-
-
-@given(st.lists(st.floats(-5, 5), max_size=5), st.sampled_from([0.5, 1.0]))
-def test_the_environments_reward_is_the_discounted_sum_of_its_turns(rewards: list[float], discount: float) -> None:
-    reward = make("environment", {"discount": discount})
-    assert isinstance(reward, ComputedReward)
-    total = 0.0
-    for each in reversed(rewards):
-        total = each + discount * total
-    assert reward.score(prompt(), "", sample("x", turn_rewards=tuple(rewards))) == pytest.approx(total)
