@@ -3,6 +3,7 @@
 import typer
 
 from megatron_rl.cli import bank, data, look
+from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.train import train
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command(no_args_is_help=True)(train)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
+app.command()(rewards)
 app.command()(look.version)
 app.add_typer(data.app, name="data")
 app.add_typer(bank.app, name="bank")

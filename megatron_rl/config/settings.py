@@ -7,13 +7,10 @@ A run is described by one `Settings` tree. It is read by `config.load`, checked 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
+from megatron_rl.config.section import Section
 
 
 class PolicySettings(Section):
@@ -375,6 +372,10 @@ class Settings(Section):
     precision: PrecisionSettings = PrecisionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    rewards: tuple[RewardPart, ...] = Field(
+        (), description="Components whose weighted sum is the reward. `megatron-rl rewards` lists what there is."
+    )
+    scoring: ScoringSettings = ScoringSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
