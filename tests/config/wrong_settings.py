@@ -261,4 +261,26 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "batch.minibatches=33",
         "batch.minibatches = 33 with sampling.groups = 32", "at most 32",
     ),
+    # first weights
+    "first weights from a folder without any": (
+        "dense", 1, "policy.init=configs",
+        "configs: there is neither model.safetensors.index.json nor model.safetensors", "or policy.init=random",
+    ),
+    # servers
+    "an argument that SGLang has not": (
+        "dense", 1, "sglang.mem_fraction_statik=0.5",
+        "mem_fraction_statik", "mem_fraction_static",
+    ),
+    "a server that is no URL": (
+        "dense", 1, "servers.urls=[node7:30000]",
+        "servers.urls[0] = node7:30000: this is no URL", "http://host:port",
+    ),
+    "nobody samples": (
+        "dense", 1, "servers.count=0",
+        "servers.count = 0 without servers.urls", "at least 1",
+    ),
+    "open servers without a key": (
+        "dense", 1, "servers.host=0.0.0.0",
+        "servers.host = 0.0.0.0 without servers.api_key_file", "servers.host=127.0.0.1",
+    ),
 }  # fmt: skip
