@@ -1,7 +1,6 @@
 """What ranks do in tests of weights: load, gather, export; and report what they hold."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
