@@ -203,6 +203,10 @@ class CheckpointFiles:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files.values())
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
