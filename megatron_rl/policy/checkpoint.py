@@ -156,11 +156,15 @@ class Checkpoint(CheckpointFiles):
                 "Restore the file, or move the folder away: the checkpoint before it is then the latest."
             )
 
-    def fill(self, slices: Iterable[Slice], layout: Layout) -> None:
-        """Fill live tensors from the saved boxes that cover them: all of them on all ranks, or, with an error, none."""
-        wanted = [
-            (piece, self.sources(piece.name, piece.shape, piece.tensor.dtype, (piece.offset, piece.size))) for piece in slices
-        ]
+    def fill(self, slices: Iterable[Slice], layout: Layout, *, any_format: bool = False) -> None:
+        """Fill live tensors from the saved boxes that cover them: all of them on all ranks, or, with an error, none.
+
+        Number formats must be the same, unless `any_format` takes numbers as first weights, rounded where they must be.
+        """
+        wanted = []
+        for piece in slices:
+            dtype = None if any_format else piece.tensor.dtype
+            wanted.append((piece, self.sources(piece.name, piece.shape, dtype, (piece.offset, piece.size))))
         problems = [sources for _, sources in wanted if isinstance(sources, str)]
         found = [problem for rank_problems in layout.everyone_has(problems[:3]) for problem in rank_problems]
         if found:

@@ -36,5 +36,5 @@ def _load_megatron(model: Model, layout: Layout, folder: Path) -> int:
     if problems:
         raise CheckpointError(f"checkpoint {folder} is of another model: {'; '.join(problems)}")
     checkpoint.verify(layout)
-    checkpoint.fill(model_slices(model, layout), layout)
+    checkpoint.fill(model_slices(model, layout), layout, any_format=True)
     return checkpoint.bytes_read
