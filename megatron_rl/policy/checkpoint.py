@@ -172,4 +172,4 @@ class Checkpoint(CheckpointFiles):
         with torch.no_grad():
             for piece, sources in wanted:
                 assert not isinstance(sources, str)
-                self.read(sources, (piece.offset, piece.size), piece.tensor.view(piece.size))
+                self.fill_box(sources, (piece.offset, piece.size), piece.tensor.view(piece.size))

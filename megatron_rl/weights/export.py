@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.config.settings import LayoutSettings
-from megatron_rl.weights.boxes import Slice, within
+from megatron_rl.weights.boxes import Slice, finite, within
 from megatron_rl.weights.gather import Round, buckets, gather, plan_gather
 from megatron_rl.weights.hf_output import OutputFile, strips, write_strip
 from megatron_rl.weights.map import WeightMap
@@ -85,7 +85,7 @@ class _Files:
         file, output = self._left.pop()
         if name != output.name:
             raise ValueError(f"{name} comes where {output.name} was planned")
-        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        if not finite(tensor):
             raise CheckpointError(f"{name} holds numbers that are not finite")
         if self._writer is None:
             self._writer = file.open(self._folder / file.name)
