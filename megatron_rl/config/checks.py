@@ -4,14 +4,17 @@ What Megatron-core would refuse deep inside a start-up on every rank is refused 
 hardly ever wanted is warned about.
 """
 
+from pathlib import Path
+
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, data, layout, moe, precision, sampling, servers, training
+from megatron_rl.config.rules import batch, data, moe, precision, sampling, servers, training
+from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
-from megatron_rl.config.settings import Settings
+from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
 
 RULES: tuple[Rule, ...] = (
-    *layout.RULES,
+    *layout_rules.RULES,
     *moe.RULES,
     *batch.RULES,
     *precision.RULES,
@@ -27,6 +30,14 @@ def check(settings: Settings, architecture: Architecture, world_size: int) -> li
     """Every problem, one line each: the settings with their values, the reason, a fix. None: the run can start."""
     case = Case(settings, architecture, world_size)
     return [line for rule in RULES for line in rule(case)]
+
+
+def require_valid_layout(layout: LayoutSettings, architecture: Architecture, config: Path, world_size: int) -> None:
+    """The same of a layout alone, with no run around it. `config` is where the architecture was read from."""
+    case = Case(Settings(policy=PolicySettings(config=config), layout=layout), architecture, world_size)
+    problems = [line for rule in layout_rules.RULES for line in rule(case)]
+    if problems:
+        raise SettingsError("\n".join(problems))
 
 
 def require_valid(settings: Settings, architecture: Architecture, world_size: int) -> None:

@@ -4,6 +4,7 @@ One table a family, read in both directions. Conversion, loading, live publishin
 else. The map is made from the architecture alone: neither weights nor a model need to exist.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.layout_map import Coordinates, local_experts, stage_layers
 from megatron_rl.config.settings import LayoutSettings
-from megatron_rl.weights.boxes import Box
+from megatron_rl.weights.boxes import Box, overlap
 from megatron_rl.weights.families import table_of
 from megatron_rl.weights.families.table import Form
 from megatron_rl.weights.rules import Piece, Rule, Shape, tensor_boxes
@@ -28,6 +29,10 @@ class HfEntry:
     shape: Shape
     expert: int | None
 
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,6 +41,21 @@ class Part:
     hf_box: Box
     megatron: str
     box: Box
+
+    def hf_of(self, box: Box) -> Box:
+        """Where a smaller box of the Megatron tensor is in the HF tensor. Leading axes of length 1 may differ."""
+        axes = min(len(self.box[0]), len(self.hf_box[0]))
+        ends = zip(self.hf_box[0][-axes:], box[0][-axes:], self.box[0][-axes:], strict=True)
+        offset = tuple(hf + low - begin for hf, low, begin in ends)
+        return (*self.hf_box[0][:-axes], *offset), (*self.hf_box[1][:-axes], *box[1][-axes:])
+
+    def inside(self, hf_box: Box) -> "Part | None":
+        """What of it lies in a box of the HF tensor."""
+        shared = overlap(self.hf_box, hf_box)
+        if shared is None:
+            return None
+        there = Part(self.box, "", self.hf_box)  # the same statement, with its sides changed
+        return Part(shared, self.megatron, there.hf_of(shared))
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,8 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
     # first weights
     "first weights from a folder without any": (
         "dense", 1, "policy.init=configs",
-        "configs: there is neither model.safetensors.index.json nor model.safetensors", "or policy.init=random",
+        "configs: there is neither model.safetensors.index.json nor model.safetensors nor manifest.json in it",
+        "or policy.init=random",
     ),
     # servers
     "an argument that SGLang has not": (
