@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity
 from megatron_rl.rollout.errors import ServerError

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.caretaker import Caretaker, Load, Weights
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.connection import Patience

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import ServerSettings, Settings
+from megatron_rl.config.rollout_settings import ServerSettings
+from megatron_rl.config.settings import Settings
 from megatron_rl.config.sglang_arguments import known_arguments
 from megatron_rl.rollout.server import ServerOptions, has_gpu
 

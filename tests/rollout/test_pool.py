@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.families import read_architecture
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.errors import Refused
 from megatron_rl.rollout.fleet import UpdateFailed, read_urls
