@@ -1,0 +1,63 @@
+"""Tiny checkpoints that a real SGLang server loads: weights, config and a tokenizer made on the spot."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.reference.tiny import write_tiny_config
+
+END = 2  # <|im_end|>
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# What a server needs that the comparison with transformers does not: a vocabulary for the tokenizer, and room to talk.
+SERVED: dict[str, Any] = {
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def write_tiny_checkpoint(folder: Path, variant: str = "qwen3_moe", seed: int = 0, **changes: Any) -> Path:
+    """Write a variant of `tests.reference.tiny` as a Hugging Face checkpoint in float32; a seed makes the same weights again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tiny_config(variant, folder, **{**SERVED, **changes})
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_served_model(folder: Path, seed: int = 0) -> Path:
+    """The model of the shared server: a Qwen3-MoE of two layers and four experts."""
+    return write_tiny_checkpoint(folder, seed=seed, num_hidden_layers=2, num_experts=4)
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 500 tokens with the chat markers of Qwen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = ["the quick brown fox jumps over the lazy dog", "user assistant system", "What is 12 + 45? The answer is 57."]
+    tokenizer.train_from_iterator(corpus * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT
+    return fast
