@@ -194,6 +194,47 @@ class RunSettings(Section):
     seed: NonNegativeInt = Field(0, description="Seed of everything random but the first weights.")
 
 
+class SamplingSettings(Section):
+    """How prompts become groups of responses. Tokens are drawn at `policy.temperature`."""
+
+    strategy: Literal["grouped", "igrpo", "episodes", "turn_groups"] = Field(
+        "grouped",
+        description="grouped: responses on their own; igrpo: drafts first, then responses that improve on the best; "
+        "episodes: several turns with an environment; turn_groups: a group for each turn of an episode.",
+    )
+    groups: PositiveInt = Field(32, description="Groups (prompts) a training step learns from.")
+    group_size: PositiveInt = Field(8, description="Responses of a group.")
+    max_new_tokens: PositiveInt = Field(1024, description="Most tokens of a response, or of a turn; a prompt may ask for less.")
+    min_new_tokens: NonNegativeInt = Field(0, description="Fewest tokens of a response.")
+    max_tokens: PositiveInt | None = Field(
+        None, description="Most tokens of a sample, prompt and environment included; default: batch.max_sequence."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens of this much probability; 1 is all.")
+    top_k: PositiveInt | None = Field(None, description="Draw from so many likeliest tokens; default: all.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
+    stop: tuple[str, ...] = Field((), description="Texts that end a response; they stay in it.")
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field((), description="Tokens that end a response, besides the model's own.")
+    dynamic: bool = Field(False, description="Throw away groups whose rewards are all equal, and draw others (DAPO).")
+    tries: PositiveInt = Field(4, description="dynamic: at most tries x groups are drawn a step; then equal rewards are taken.")
+    ahead: NonNegativeInt = Field(0, description="Steps that sampling may run ahead of learning; 0: they take turns.")
+    partial: bool = Field(
+        False, description="A step is full when enough groups are whole; responses under way go on in the next step."
+    )
+    over_sampling: float = Field(1.5, ge=1, description="partial: prompts in flight, as a multiple of the groups still wanted.")
+    drafts: PositiveInt = Field(4, description="igrpo: drafts a prompt.")
+    improve: str = Field(
+        "Here is my best attempt so far. Improve on it, and answer again in full.",
+        description="igrpo: what is said between the draft and the response.",
+    )
+    environment: str | None = Field(
+        None, description="episodes, turn_groups: the environment's class, as my_package.my_module:Class."
+    )
+    environment_options: dict[str, Any] = Field({}, description="Arguments that the environment is made with.")
+    environment_weight: float = Field(1.0, description="episodes: weight of the environment's own rewards, summed over turns.")
+    max_turns: PositiveInt = Field(8, description="Most turns of an episode.")
+    go_on_with: Literal["first", "best"] = Field("first", description="turn_groups: the action that the next turn follows.")
+
+
 class DeviceSettings(Section):
     """The machine."""
 
@@ -215,5 +256,6 @@ class Settings(Section):
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    sampling: SamplingSettings = SamplingSettings()
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()

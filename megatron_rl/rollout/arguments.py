@@ -165,9 +165,9 @@ def _arguments(field: ast.AnnAssign, name: str, constants: Mapping[str, tuple[An
     if not (isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple)):
         return
     declared, *details = annotation.slice.elts
-    details_of = next((node for node in details if isinstance(node, ast.Call) and _called(node) == "Arg"), None)
-    options = {word.arg: word.value for word in details_of.keywords if word.arg} if details_of else {}
-    if "no_cli" in options:
+    meant = next((node for node in details if not isinstance(node, ast.Call) or _called(node) == "Arg"), None)
+    options = {word.arg: word.value for word in meant.keywords if word.arg} if isinstance(meant, ast.Call) else {}
+    if meant is None or "no_cli" in options:
         return
     kind, choices = _kind(declared, options)
     if "choices" in options:
@@ -192,7 +192,7 @@ def _kind(declared: ast.expr, options: Mapping[str, ast.expr]) -> tuple[Kind, tu
         return "text", tuple(node.value for node in ast.walk(declared) if isinstance(node, ast.Constant))
     if "type_parser" in options:
         return "text", ()
-    if text.startswith(("List[", "list[")):
+    if text.startswith(("List[", "list[")) or ("nargs" in options and ast.literal_eval(options["nargs"]) in ("+", "*")):
         return "list", ()
     kinds: dict[str, Kind] = {"bool": "flag", "int": "integer", "float": "number"}
     return kinds.get(text.removesuffix("]"), "text"), ()

@@ -3,8 +3,8 @@
 What would kill a server cannot be said here. Measured on SGLang 0.5.17, each of these ends the scheduler process:
 tokens outside the vocabulary (so the client knows its size); an update of the weights that flushes the cache while requests
 are queued (so updates never flush: `flush_cache` is a call of its own, which a busy server refuses); tensors that name another
-process's memory (so tensors travel by value); memory released while requests run, or resumed when it was not released
-(so releasing pauses first, and resuming follows releasing).
+process's memory (so tensors travel by value); an update over a group that the server has not joined (so joining comes first);
+memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
 """
 
 import base64
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_rl.rollout import replies
 from megatron_rl.rollout.connection import Connection, Patience
 from megatron_rl.rollout.errors import Refused
-from megatron_rl.rollout.replies import Generation, Load, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
+from megatron_rl.rollout.replies import Generation, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,7 @@ class Client:
         self.patience = patience or Patience()
         self._connection = Connection(url, api_key, self.patience)
         self._released = False
+        self._groups: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -167,8 +168,9 @@ class Client:
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating; new requests wait until `resume`.
 
-        `abort` ends all requests with what they have and leaves the server empty; `retract` puts them back in the queue, their
-        keys and values to be computed again; `in_place` freezes them with their keys and values.
+        `abort` ends all requests with what they have and leaves the server empty; `retract` puts them back in the queue and
+        `in_place` freezes them where they are. Responses that go on after an update read keys and values of the old weights:
+        all of them with `in_place`, those that the prefix cache still has with `retract`. Only `abort` mixes nothing.
         """
         self._connection.hold()
         try:
@@ -207,6 +209,8 @@ class Client:
         """Receive weights that rank 0 of the group broadcasts, one by one in this order, or flattened into one bucket."""
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: one of each for every tensor")
+        if group not in self._groups:
+            raise ValueError(f"{self.url} has not joined the group {group} through this client; join_group comes first")
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -229,8 +233,11 @@ class Client:
             "backend": backend,
         }
         await self._succeed("/init_weights_update_group", body)
+        self._groups.add(group)
 
     async def leave_group(self, group: str) -> None:
+        """The end of that group on the server."""
+        self._groups.discard(group)
         await self._succeed("/destroy_weights_update_group", {"group_name": group})
 
     async def set_version(self, version: int) -> None:
@@ -271,11 +278,6 @@ class Client:
         reply = await self._connection.ask("/server_info")
         with self._connection.trusting("/server_info"):
             return replies.read_server_info(reply)
-
-    async def load(self) -> Load:
-        reply = await self._connection.ask("/v1/loads")
-        with self._connection.trusting("/v1/loads"):
-            return replies.read_load(reply)
 
     async def _update(self, endpoint: str, body: Mapping[str, Any], version: int) -> None:
         """Weights, whichever way they come. Never with a flush: a queue that is not empty would end the server."""

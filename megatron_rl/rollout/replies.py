@@ -78,21 +78,13 @@ class ServerInfo:
     sglang: str
     model: str
     version: int | None  # of the weights
-    context: int  # the longest prompt plus response, in tokens
+    longest_input: int  # tokens of the longest prompt it takes
     pool_tokens: int  # tokens of all requests together whose keys and values it holds
     max_requests: int  # requests that it runs at once
     tensor_parallel: int
     returns_routing: bool
     deterministic: bool  # whether it heeds sampling seeds
     prefix_cache: bool
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a server is busy with now."""
-
-    running: int
-    waiting: int
 
 
 class StreamReader:
@@ -222,28 +214,17 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
     states = member(reply, "internal_states", list)
     if not states or not isinstance(states[0], dict):
         raise Untrusted("internal_states is empty")
-    longest = member(reply, "max_req_input_len", int)
     return ServerInfo(
         sglang=member(reply, "version", str),
         model=member(reply, "model_path", str),
         version=version_number(member(reply, "weight_version", str)),
-        context=longest,
+        longest_input=member(reply, "max_req_input_len", int),
         pool_tokens=member(reply, "max_total_num_tokens", int) * len(states),
         max_requests=member(states[0], "effective_max_running_requests_per_dp", int) * len(states),
         tensor_parallel=member(reply, "tp_size", int),
         returns_routing=member(reply, "enable_return_routed_experts", bool),
         deterministic=member(reply, "enable_deterministic_inference", bool),
         prefix_cache=not member(reply, "disable_radix_cache", bool),
-    )
-
-
-def read_load(reply: Mapping[str, Any]) -> Load:
-    loads = member(reply, "loads", list)
-    if not all(isinstance(each, dict) for each in loads):
-        raise Untrusted("loads is not a list of mappings")
-    return Load(
-        running=sum(member(each, "num_running_reqs", int) for each in loads),
-        waiting=sum(member(each, "num_waiting_reqs", int) for each in loads),
     )
 
 

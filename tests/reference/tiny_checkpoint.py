@@ -27,7 +27,7 @@ SERVED: dict[str, Any] = {
 
 
 def write_tiny_checkpoint(folder: Path, variant: str = "qwen3_moe", seed: int = 0, **changes: Any) -> Path:
-    """Write a variant of `tests.reference.tiny` as a Hugging Face checkpoint in float32; a seed makes the same weights again."""
+    """Write a variant of `tests.reference.tiny` as a Hugging Face checkpoint in float32; a seed gives the same weights."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tiny_config(variant, folder, **{**SERVED, **changes})
     config = AutoConfig.from_pretrained(folder)

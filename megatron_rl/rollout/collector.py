@@ -1,0 +1,268 @@
+"""Fills training steps with groups: draws prompts, runs the strategy on them, keeps what comes in the bank, seals steps.
+
+Two ways to fill a step. *In order*: a prompt has its place in a step from the moment it is drawn, so no group is older than
+the bound allows, and sampling runs ahead of learning by as many steps as `ahead` says. *First done* (partial rollouts): more
+prompts are drawn than a step needs, the step is full when enough groups are whole, and the responses under way are cut off
+and go on in the next step, in the bank in between.
+
+What a crash interrupts is found again: draw d is always the same prompt under the same key, and a key that the bank has is not
+sampled twice.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from megatron_rl.rollout.staleness import Staleness
+from megatron_rl.rollout.strategies.base import Floor, Graded, Strategy, StrategyFailed, is_whole
+from megatron_rl.types import Group, Prompt, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Prompts(Protocol):
+    """Draw d of an endless series: a function of d alone."""
+
+    def at(self, draw: int) -> Prompt: ...
+
+
+class Keeper(Protocol):
+    """What is needed of the bank."""
+
+    async def add(self, group: Group) -> None: ...
+    def carry(self, group: Group) -> object: ...
+    def discard(self, key: str, reason: str) -> object: ...
+    def carried(self) -> list[str]: ...
+    def waiting(self, step: int | None = None) -> list[str]: ...
+    def read(self, key: str) -> Group: ...
+    def seal(self, step: int, keys: list[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are filled."""
+
+    groups: int  # a step
+    ahead: int = 0  # updates that a group may be old
+    dynamic: bool = False  # groups whose rewards are all equal teach nothing: draw others (DAPO)
+    tries: int = 4  # at most tries * groups are drawn for a step, then equal rewards are taken
+    partial: bool = False
+    over_sampling: float = 1.5  # partial: draws at once, as a multiple of groups
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where drawing stands, for a checkpoint: plain numbers."""
+
+    draws: int = 0  # prompts drawn so far
+    pending: tuple[int, ...] = ()  # of these, the ones that later steps have begun with, place by place
+
+
+@dataclass
+class Collected:
+    """What filled a step."""
+
+    step: int
+    keys: list[str] = field(default_factory=list)
+    position: Position = Position()  # behind this step: where a resumed run goes on
+    thrown: int = 0  # groups whose rewards were all equal
+    failed: int = 0  # prompts that gave no group
+    cut: int = 0  # responses that go on in the next step
+    rewards: list[float] = field(default_factory=list)  # mean of each group
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a draw: groups in the bank, or why there are none."""
+
+    keys: tuple[str, ...] = ()
+    rewards: tuple[float, ...] = ()
+    equal: bool = False
+    cut: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A draw under way."""
+
+    draw: int
+    key: str
+    task: "asyncio.Task[Outcome]"
+
+
+class Collector:
+    """One of them samples for a run. `collect` fills one step after the other, in order."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        strategy: Strategy,
+        floor: Floor,
+        bank: Keeper,
+        plan: Plan,
+        *,
+        step: int = 0,
+        position: Position = Position(),
+    ) -> None:
+        """`step` and `position`: where a resumed run goes on."""
+        self.prompts, self.strategy, self.floor, self.bank, self.plan = prompts, strategy, floor, bank, plan
+        self.version = step
+        self._staleness = Staleness(plan.groups, plan.ahead)
+        self._draws, self._pending = position.draws, list(position.pending)
+        self._begun = step * plan.groups  # places given to draws
+        self._running: dict[int, Drawn] = {}  # by place
+
+    async def collect(self, step: int) -> Collected:
+        """Returns when the step's groups are durable and sealed. With `ahead`, sampling goes on behind it."""
+        tally = Collected(step)
+        await (self._fill_with_first_done(tally) if self.plan.partial else self._fill_in_order(tally))
+        self.bank.seal(step, tally.keys)
+        pending = [self._running[place].draw for place in sorted(self._running)]
+        tally.position = Position(self._draws, tuple(pending + self._pending))
+        return tally
+
+    def updated(self, version: int) -> None:
+        """The servers have new weights: more may be sampled ahead."""
+        self.version = version
+        if not self.plan.partial:
+            self._begin()
+
+    async def close(self) -> None:
+        """Stop what is under way; what is finished is in the bank."""
+        tasks = [drawn.task for drawn in self._running.values()]
+        self._running.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- in order ------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Draw for every place that may be begun."""
+        for _ in range(self._staleness.may_begin(self._begun, self.version)):
+            place, self._begun = self._begun, self._begun + 1
+            draw = self._pending.pop(0) if self._pending else None
+            self._running[place] = self._draw(self._staleness.step_of(place), draw)
+
+    async def _fill_in_order(self, tally: Collected) -> None:
+        """Every place of the step is filled by its own draw, or by the one that replaces it at once."""
+        self._begin()
+        places = range(tally.step * self.plan.groups, (tally.step + 1) * self.plan.groups)
+        if not all(place in self._running for place in places):
+            raise ValueError(f"step {tally.step} cannot be sampled after {self.version} updates with ahead = {self.plan.ahead}")
+        filled: dict[int, Outcome] = {}
+        drawn = self.plan.groups
+        while len(filled) < self.plan.groups:
+            waiting = {self._running[place].task: place for place in places if place not in filled}
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                place, outcome = waiting[task], task.result()
+                if self._fills(outcome, tally, last_try=drawn >= self.plan.tries * self.plan.groups):
+                    filled[place] = outcome
+                else:
+                    drawn += 1
+                    self._running[place] = self._draw(tally.step)
+        for place in places:
+            del self._running[place]
+            _count(filled[place], tally)
+
+    def _fills(self, outcome: Outcome, tally: Collected, *, last_try: bool) -> bool:
+        """Is a place filled by what became of a draw?"""
+        if outcome.failure is not None:
+            tally.failed += 1
+            if tally.failed > self.plan.tries * self.plan.groups:
+                raise StrategyFailed(f"step {tally.step}: {tally.failed} prompts gave no group; the last: {outcome.failure}")
+            return False
+        if self.plan.dynamic and outcome.equal and not last_try:
+            tally.thrown += 1
+            for key in outcome.keys:
+                self.bank.discard(key, "all rewards are equal")
+            return False
+        return True
+
+    # -- first done ----------------------------------------------------------------------------------------------------
+
+    async def _fill_with_first_done(self, tally: Collected) -> None:
+        """Groups that were whole too late for the last step come first, then those that were cut off, then new ones."""
+        self.floor.interrupted = False
+        wanted, most = self.plan.groups, self.plan.tries * self.plan.groups
+        for key in self.bank.waiting()[:wanted]:
+            _count(_outcome([key], [self.bank.read(key).samples]), tally)
+        running = {drawn.task: drawn for drawn in map(self._resume, self.bank.carried(), itertools.repeat(tally.step))}
+        draws = 0
+        while len(tally.keys) < wanted:
+            while len(running) < math.ceil(self.plan.over_sampling * (wanted - len(tally.keys))):
+                new = self._draw(tally.step, besides={drawn.key for drawn in running.values()} | set(tally.keys))
+                running[new.task] = new
+                draws += 1
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                del running[task]
+                if self._fills(task.result(), tally, last_try=draws >= most) and len(tally.keys) < wanted:
+                    _count(task.result(), tally)
+        await self.floor.interrupt()
+        for task in running:
+            outcome = await task
+            tally.cut += outcome.cut
+            if not outcome.cut:
+                self._fills(outcome, tally, last_try=False)
+
+    # -- one draw ------------------------------------------------------------------------------------------------------
+
+    def _draw(self, step: int, draw: int | None = None, besides: Container[str] = ()) -> Drawn:
+        """The next draw, or one that was begun before a crash; `besides` are under way already."""
+        while True:
+            if draw is None:
+                number, self._draws = self._draws, self._draws + 1
+            else:
+                number = draw
+            prompt = self.prompts.at(number)
+            key = f"{prompt.key}@{number}"
+            if key not in besides:
+                return Drawn(number, key, asyncio.create_task(self._sampled(prompt, key, step)))
+
+    def _resume(self, key: str, step: int) -> Drawn:
+        group = self.bank.read(key)
+        return Drawn(-1, key, asyncio.create_task(self._sampled(group.prompt, key, step, group.samples)))
+
+    async def _sampled(self, prompt: Prompt, key: str, step: int, unfinished: tuple[Sample, ...] = ()) -> Outcome:
+        known = [name for name in self.bank.waiting() if name == key or name.startswith(f"{key}/")]
+        if known:  # finished before a crash
+            return _outcome(known, [self.bank.read(name).samples for name in known])
+        try:
+            result = await self.strategy.run(prompt, key, self.floor, unfinished)
+        except StrategyFailed as error:
+            logger.warning("prompt %s gave no group: %s", prompt.key, error)
+            return Outcome(failure=str(error))
+        if result.unfinished is not None:
+            return self._cut(prompt, key, step, result.unfinished)
+        for graded in result.groups:
+            await self.bank.add(Group(_name(key, graded), prompt, graded.samples, step, graded.information))
+        return _outcome([_name(key, graded) for graded in result.groups], [graded.samples for graded in result.groups])
+
+    def _cut(self, prompt: Prompt, key: str, step: int, samples: tuple[Sample, ...]) -> Outcome:
+        """Into the bank, to go on with the next step; one of which nothing is left to keep begins anew there."""
+        self.bank.carry(Group(key, prompt, samples, step))
+        return Outcome(cut=max(sum(not is_whole(sample) for sample in samples), 1))
+
+
+def _name(key: str, graded: Graded) -> str:
+    return f"{key}/{graded.part}" if graded.part else key
+
+
+def _count(outcome: Outcome, tally: Collected) -> None:
+    tally.keys += outcome.keys
+    tally.rewards += outcome.rewards
+
+
+def _outcome(keys: list[str], groups: list[tuple[Sample, ...]]) -> Outcome:
+    rewards = [[sample.reward for sample in samples] for samples in groups]
+    equal = all(max(each) == min(each) for each in rewards)
+    return Outcome(tuple(keys), tuple(float(np.mean(each)) for each in rewards), equal)

@@ -1,0 +1,35 @@
+"""Small help for tests that talk to a server."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.rollout.client import Client
+from tests.servers import TinyServer
+
+PROMPT = [10, 20, 30, 40, 50, 60, 70]
+SECONDS = 60.0  # far above what anything here takes: a hang fails instead of waiting for the test's own limit
+
+
+def talk[T](server: TinyServer, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Run a conversation with the server on a client of its own."""
+
+    async def conversation() -> T:
+        async with asyncio.timeout(SECONDS), server.client() as client:
+            return await work(client)
+
+    return asyncio.run(conversation())
+
+
+def reference_log_probs(model: Path, tokens: list[int], temperature: float = 1.0) -> NDArray[np.float32]:
+    """[tokens] log-probs by transformers; 0 for the first token."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = loaded(torch.tensor([tokens])).logits[0, :-1]  # [tokens - 1, vocab]
+    chosen = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    return np.concatenate([[np.float32(0)], chosen.numpy()])
