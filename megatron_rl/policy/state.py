@@ -11,11 +11,12 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_rl.config.errors import CheckpointError
-from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter, differences, versions
+from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter
 from megatron_rl.policy.device import Device
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices, optimizer_slices
 from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.checkpoint_files import differences, versions
 
 # Settings that a run's numbers depend on and that a checkpoint therefore must share, unless checkpoint.allow_changes names
 # them. Left out on purpose: the layout, packing, recomputation, machine, folders and number of steps.

@@ -16,11 +16,12 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.sft import SupervisedLoss
-from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint, step_folder
+from megatron_rl.policy.checkpoint import CheckpointWriter
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.types import Sequence
+from megatron_rl.weights.checkpoint_files import latest_checkpoint, step_folder
 
 STEP_SIZES = 5
 MODULUS = 31  # tokens below it are numbers, the STEP_SIZES tokens after it say the step size

@@ -4,6 +4,7 @@ One table a family, read in both directions. Conversion, loading, live publishin
 else. The map is made from the architecture alone: neither weights nor a model need to exist.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,10 @@ class HfEntry:
     shape: Shape
     expert: int | None
 
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,6 +41,13 @@ class Part:
     hf_box: Box
     megatron: str
     box: Box
+
+    def hf_of(self, box: Box) -> Box:
+        """Where a smaller box of the Megatron tensor is in the HF tensor. Leading axes of length 1 may differ."""
+        axes = min(len(self.box[0]), len(self.hf_box[0]))
+        ends = zip(self.hf_box[0][-axes:], box[0][-axes:], self.box[0][-axes:], strict=True)
+        offset = tuple(hf + low - begin for hf, low, begin in ends)
+        return (*self.hf_box[0][:-axes], *offset), (*self.hf_box[1][:-axes], *box[1][-axes:])
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,11 @@ def _clipped(pieces: Iterator[Piece], box: Box | None) -> Iterator[Piece]:
 
 
 def tensor_boxes(shape: Shape, cut: Cut, rank: int, ranks: int) -> list[Box]:
-    """What one of `ranks` tensor-parallel ranks holds of a matrix (or vector) of this shape."""
-    if cut == "whole" or ranks == 1:
+    """What one of `ranks` tensor-parallel ranks holds of a matrix (or vector) of this shape.
+
+    Gated rows are two boxes also on a single rank: so Megatron describes them, however they are cut.
+    """
+    if cut == "whole" or (ranks == 1 and cut != "gated_rows"):
         return [((0,) * len(shape), shape)]
     axis = 1 if cut == "columns" else 0
     runs = 2 if cut == "gated_rows" else 1

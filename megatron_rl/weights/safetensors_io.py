@@ -5,6 +5,7 @@ The safetensors library maps whole files and saves whole dictionaries. Here a ra
 beforehand. Format: https://github.com/huggingface/safetensors — 8 bytes little-endian length, a JSON header, the data.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -171,14 +172,25 @@ class Planned:
 
 
 class TensorFileWriter:
-    """Writes a safetensors file as a stream: the header at once, then each tensor in the planned order."""
+    """Writes a safetensors file as a stream: the header at once, then each tensor in the planned order.
 
-    def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Mapping[str, str] | None = None) -> None:
+    `digest` (of hashlib) is fed with every byte as it is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[Planned],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        digest: "hashlib._Hash | None" = None,
+    ) -> None:
         self.path = path
+        self._digest = digest
         self._left = list(tensors)
         self._left.reverse()
         self._file = path.open("wb", buffering=0)
-        self._file.write(_header(reversed(self._left), metadata or {}))
+        self._put(memoryview(_header(reversed(self._left), metadata or {})))
 
     def write(self, name: str, values: Tensor) -> None:
         """The next tensor, whole, in the format that was planned."""
@@ -187,9 +199,13 @@ class TensorFileWriter:
             raise ValueError(f"{self.path}: {name} {values.dtype} {tuple(values.shape)} comes where {planned} was planned")
         if not values.numel():
             return
-        view = memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
-        while view:
-            view = view[self._file.write(view) :]
+        self._put(memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def _put(self, data: memoryview) -> None:
+        if self._digest is not None:
+            self._digest.update(data)
+        while data:
+            data = data[self._file.write(data) :]
 
     def close(self) -> None:
         """Every tensor must have been written; then the file is on disk."""

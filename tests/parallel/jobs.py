@@ -23,7 +23,7 @@ from megatron_rl.objectives.base import Objective
 from megatron_rl.objectives.gspo import SequencePolicyLoss
 from megatron_rl.objectives.sft import SupervisedLoss
 from megatron_rl.policy import model
-from megatron_rl.policy.checkpoint import CheckpointWriter, latest_checkpoint
+from megatron_rl.policy.checkpoint import CheckpointWriter
 from megatron_rl.policy.device import adapt_to_cpu
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.optimizer import ParameterState
@@ -32,6 +32,7 @@ from megatron_rl.policy.slices import model_slices, optimizer_slices
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.checkpoint_files import latest_checkpoint
 
 Arrays = dict[str, NDArray[Any]]
 

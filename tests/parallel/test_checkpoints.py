@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.policy.checkpoint import latest_checkpoint
+from megatron_rl.weights.checkpoint_files import latest_checkpoint
 from tests.parallel.cluster import Cluster
 from tests.parallel.jobs import Trained, toy_sequences
 from tests.reference.tiny import write_tiny_config

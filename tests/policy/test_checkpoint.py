@@ -12,10 +12,11 @@ import torch
 
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.objectives.sft import SupervisedLoss
-from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter, complete_checkpoints, latest_checkpoint
+from megatron_rl.policy.checkpoint import Checkpoint, CheckpointWriter
 from megatron_rl.policy.optimizer import set_adam_steps
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import load_policy, save_policy, state_slices
+from megatron_rl.weights.checkpoint_files import complete_checkpoints, latest_checkpoint
 from tests.parallel.jobs import toy_sequences
 from tests.policy.single import opened, tiny_settings
 
@@ -229,7 +230,7 @@ def test_failed_write_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: py
         writer = CheckpointWriter(tmp_path, policy.layout, keep_last=2)
         save_policy(writer, policy)
         policy.update(policy.pack(toy_sequences(0, 3, 120, 20)), SupervisedLoss())
-        monkeypatch.setattr("megatron_rl.policy.checkpoint.save_file", no_space)
+        monkeypatch.setattr("megatron_rl.weights.checkpoint_files.TensorFileWriter", no_space)
         with pytest.raises(CheckpointError, match=r"rank 0 could not write its file.*No space left"):
             save_policy(writer, policy)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000000"]
