@@ -197,6 +197,14 @@ class Client:
         packed = base64.b64encode(pickle.dumps(owned, protocol=5)).decode("ascii")
         await self._update("/update_weights_from_tensor", {"serialized_named_tensors": [packed] * tensor_parallel}, version)
 
+    async def update_from_handles(self, handles: Sequence[str], version: int) -> None:
+        """Take a flattened bucket from the memory of GPUs that the server shares with us: a handle for each of its ranks.
+
+        `weights.publish.transports.gpu_handle` makes them, of GPU memory alone: a handle of anything else ends the server.
+        """
+        body = {"serialized_named_tensors": list(handles), "load_format": "flattened_bucket"}
+        await self._update("/update_weights_from_tensor", body, version)
+
     async def update_from_distributed(
         self,
         names: Sequence[str],
@@ -278,6 +286,15 @@ class Client:
         reply = await self._connection.ask("/server_info")
         with self._connection.trusting("/server_info"):
             return replies.read_server_info(reply)
+
+    async def checksums(self) -> list[dict[str, str]] | None:
+        """For each tensor-parallel rank the checksums of its tensors by SGLang's names; None where it computes none (a CPU)."""
+        try:
+            reply = await self._connection.call("/weights_checker", {"action": "checksum"}, self.patience.update)
+        except Refused:
+            return None
+        with self._connection.trusting("/weights_checker"):
+            return replies.read_checksums(reply)
 
     async def _update(self, endpoint: str, body: Mapping[str, Any], version: int) -> None:
         """Weights, whichever way they come. Never with a flush: a queue that is not empty would end the server."""

@@ -174,7 +174,7 @@ class Planned:
 class TensorFileWriter:
     """Writes a safetensors file as a stream: the header at once, then each tensor in the planned order.
 
-    `digest` (of hashlib) is fed with every byte as it is written.
+    `digest` (of hashlib) is fed with every byte as it is written. Files that need not outlive a power cut are not `durable`.
     """
 
     def __init__(
@@ -184,8 +184,10 @@ class TensorFileWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         digest: "hashlib._Hash | None" = None,
+        durable: bool = True,
     ) -> None:
         self.path = path
+        self._durable = durable
         self._digest = digest
         self._left = list(tensors)
         self._left.reverse()
@@ -208,11 +210,12 @@ class TensorFileWriter:
             data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Every tensor must have been written; then the file is on disk."""
+        """Every tensor must have been written; then the file is on disk, for good if it is durable."""
         with self._file:
             if self._left:
                 raise ValueError(f"{self.path}: {len(self._left)} planned tensors were not written")
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

@@ -38,9 +38,7 @@ class UpdateGroup:
         address = own_address(server.url)
         listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        store = dist.TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
         prefixed = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
         make = _nccl if backend == "nccl" else _gloo
         group, _ = await together(

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,19 @@ async def in_thread[T](device: torch.device, function: Callable[..., T], *argume
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
 
-    def tell(set_it: Callable[[Any], None], value: Any) -> None:
+    def tell(it: Callable[[], None]) -> None:
         if not result.done():  # it is when the waiting was given up
-            set_it(value)
+            it()
 
     def run() -> None:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # which each thread chooses for itself
-            found = (result.set_result, function(*arguments))
+            found = partial(result.set_result, function(*arguments))
         except BaseException as error:
-            found = (result.set_exception, error)
+            found = partial(result.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
-            loop.call_soon_threadsafe(tell, *found)
+            loop.call_soon_threadsafe(tell, found)
 
     threading.Thread(target=run, daemon=True, name=f"publish {getattr(function, '__name__', 'work')}").start()
     return await result
@@ -51,6 +52,6 @@ async def together(*waited: Awaitable[Any]) -> list[Any]:
     return [task.result() for task in tasks]
 
 
-def _give_up(tasks: list[asyncio.Future[Any]]) -> None:
+def _give_up(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
