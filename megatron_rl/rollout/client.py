@@ -7,8 +7,6 @@ process's memory (so tensors travel by value); an update over a group that the s
 memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
 """
 
-import base64
-import pickle
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -193,8 +191,9 @@ class Client:
 
     async def update_from_tensors(self, tensors: Mapping[str, "Tensor"], version: int, tensor_parallel: int = 1) -> None:
         """Send weights by value, under their Hugging Face names. Each tensor-parallel rank gets all and takes its part."""
-        owned = [(name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items()]
-        packed = base64.b64encode(pickle.dumps(owned, protocol=5)).decode("ascii")
+        from megatron_rl.rollout.by_value import by_value  # torch: seconds that other calls need not wait
+
+        packed = by_value(tensors)
         await self._update("/update_weights_from_tensor", {"serialized_named_tensors": [packed] * tensor_parallel}, version)
 
     async def update_from_handles(self, handles: Sequence[str], version: int) -> None:

@@ -53,6 +53,7 @@ async def send_stream(crew: Crew, plan: Plan, transport: Transport, deliveries: 
             finally:
                 tensors = await coming  # never given up: the other ranks count on it
             crew.tell(number + 1, count)
+        await asyncio.gather(*(transport.part(delivery) for delivery in deliveries))
     finally:
         transport.close()
 

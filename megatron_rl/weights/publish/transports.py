@@ -28,6 +28,10 @@ class Transport(Protocol):
 
     async def send(self, delivery: Delivery, load: Any) -> None: ...
 
+    async def part(self, delivery: Delivery) -> None:
+        """A server that has everything, while it is still paused."""
+        ...
+
     def close(self) -> None:
         """Let go of all servers, in whatever state they are."""
         ...
@@ -73,6 +77,9 @@ class Broadcast:
         if not arrived:
             group.close()  # a server that waits for the rest of the bucket hears of it
 
+    async def part(self, delivery: Delivery) -> None:
+        await delivery.change(lambda: delivery.server.leave_group(self._groups[delivery.url].name))
+
     def close(self) -> None:
         for group in self._groups.values():
             group.close()
@@ -90,6 +97,9 @@ class ByValue:
 
     async def send(self, delivery: Delivery, load: Parcel) -> None:
         await delivery.change(lambda: delivery.server.update_from_tensors(dict(load), UNFINISHED, delivery.tensor_parallel))
+
+    async def part(self, delivery: Delivery) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -114,6 +124,9 @@ class Handles:
     async def send(self, delivery: Delivery, load: tuple[Parcel, list[str | None]]) -> None:
         handles = [handle for rank in self._colocated[delivery.url] if (handle := load[1][rank]) is not None]
         await delivery.change(lambda: delivery.server.update_from_handles(handles, UNFINISHED))
+
+    async def part(self, delivery: Delivery) -> None:
+        pass
 
     def close(self) -> None:
         pass
