@@ -3,19 +3,30 @@
 What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix.
 """
 
+from pathlib import Path
+
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, layout, moe, precision, training
+from megatron_rl.config.rules import batch, moe, precision, training
+from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
-from megatron_rl.config.settings import Settings
+from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
 
-RULES: tuple[Rule, ...] = (*layout.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
+RULES: tuple[Rule, ...] = (*layout_rules.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
     """Every problem, one line each: the settings with their values, the reason, a fix. None: the run can start."""
     case = Case(settings, architecture, world_size)
     return [line for rule in RULES for line in rule(case)]
+
+
+def require_valid_layout(layout: LayoutSettings, architecture: Architecture, config: Path, world_size: int) -> None:
+    """The same of a layout alone, with no run around it. `config` is where the architecture was read from."""
+    case = Case(Settings(policy=PolicySettings(config=config), layout=layout), architecture, world_size)
+    problems = [line for rule in layout_rules.RULES for line in rule(case)]
+    if problems:
+        raise SettingsError("\n".join(problems))
 
 
 def require_valid(settings: Settings, architecture: Architecture, world_size: int) -> None:

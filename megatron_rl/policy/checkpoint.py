@@ -133,7 +133,7 @@ def _write(
     path: Path, boxes: list[SavedBox], tensors: list[Tensor], written: dict[str, Any], failure: list[BaseException]
 ) -> None:
     try:
-        written |= write_rank_file(path, boxes, tensors)
+        written |= write_rank_file(path, boxes, ([tensor] for tensor in tensors))
     except BaseException as error:  # it is raised on every rank by `finish`
         failure.append(error)
 

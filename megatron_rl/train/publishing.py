@@ -1,6 +1,7 @@
 """A policy's weights on their way to servers: what ties the policy, the publisher and the client together."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -8,17 +9,20 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.hf_files import read_json
 from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.publish.live import LiveWeights
 from megatron_rl.weights.publish.ports import Connect
 from megatron_rl.weights.publish.probe import Scores
 from megatron_rl.weights.publish.publisher import Publisher
+from megatron_rl.weights.publish.wire import fp8_quantizer
 
 
-def open_publisher(policy: Policy, connect: Connect) -> Publisher:
+def open_publisher(policy: Policy, connect: Connect, served: Path | None = None) -> Publisher:
     """What publishes a policy's weights, under any layout. Every rank opens it.
 
-    `connect` opens a client for a server's URL: `lambda url: Client(url, policy.architecture.vocab, api_key)`.
+    `connect` opens a client for a server's URL: `lambda url: Client(url, policy.architecture.vocab, api_key)`. `served` is the
+    folder of the model that the servers were started with, whose config.json says what they take in FP8.
     """
     layout, settings = policy.layout, policy.settings
 
@@ -26,8 +30,9 @@ def open_publisher(policy: Policy, connect: Connect) -> Publisher:
         policy.optimizer.gather_weights()
         return model_slices(policy.model, layout)
 
+    weight_map = WeightMap(policy.architecture)
     weights = LiveWeights(
-        WeightMap(policy.architecture),
+        weight_map,
         settings.layout,
         layout.world_size,
         finished_slices,

@@ -15,11 +15,11 @@ from torch import Tensor
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.weights.boxes import Box
 from megatron_rl.weights.map import WeightMap, form_of
+from megatron_rl.weights.quantize import SCALE
 from megatron_rl.weights.rules import Shape
 from megatron_rl.weights.safetensors_io import Stored, TensorFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SCALE = "_scale_inv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -148,7 +148,7 @@ class HfFolder:
 
     def _locate(self) -> Mapping[str, str]:
         if (self.folder / INDEX).is_file():
-            names = _json(self.folder / INDEX).get("weight_map")
+            names = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
                 raise CheckpointError(f"{self.folder / INDEX} has no weight_map of tensors and files. Fetch it again.")
             outside = [file for file in names.values() if Path(file).name != file]
@@ -169,7 +169,7 @@ class HfFolder:
     def _block_size(self) -> tuple[int, int]:
         """How many rows and columns share a scale."""
         config = self.folder / "config.json"
-        quantization = _json(config).get("quantization_config") if config.is_file() else None
+        quantization = read_json(config).get("quantization_config") if config.is_file() else None
         if not isinstance(quantization, dict):
             return (128, 128)
         method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
@@ -181,7 +181,8 @@ class HfFolder:
         return (block[0], block[1])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.layout_map import Coordinates, local_experts, stage_layers
 from megatron_rl.config.settings import LayoutSettings
-from megatron_rl.weights.boxes import Box
+from megatron_rl.weights.boxes import Box, overlap
 from megatron_rl.weights.families import table_of
 from megatron_rl.weights.families.table import Form
 from megatron_rl.weights.rules import Piece, Rule, Shape, tensor_boxes
@@ -48,6 +48,14 @@ class Part:
         ends = zip(self.hf_box[0][-axes:], box[0][-axes:], self.box[0][-axes:], strict=True)
         offset = tuple(hf + low - begin for hf, low, begin in ends)
         return (*self.hf_box[0][:-axes], *offset), (*self.hf_box[1][:-axes], *box[1][-axes:])
+
+    def inside(self, hf_box: Box) -> "Part | None":
+        """What of it lies in a box of the HF tensor."""
+        shared = overlap(self.hf_box, hf_box)
+        if shared is None:
+            return None
+        there = Part(self.box, "", self.hf_box)  # the same statement, with its sides changed
+        return Part(shared, self.megatron, there.hf_of(shared))
 
 
 @dataclass(frozen=True)

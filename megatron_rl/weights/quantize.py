@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn
+SCALE = "_scale_inv"  # behind a weight's name: the name of its scales, in checkpoints of the DeepSeek-V3 form
 Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 
 

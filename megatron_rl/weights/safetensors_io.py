@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -172,9 +173,10 @@ class Planned:
 
 
 class TensorFileWriter:
-    """Writes a safetensors file as a stream: the header at once, then each tensor in the planned order.
+    """Writes a safetensors file of planned tensors: the header at once, then numbers, each where they belong.
 
-    `digest` (of hashlib) is fed with every byte as it is written. Files that need not outlive a power cut are not `durable`.
+    `digest` (of hashlib) is fed with every byte; numbers must then come in the order of the plan. A file that need not outlive
+    a power cut is not `durable`.
     """
 
     def __init__(
@@ -189,31 +191,50 @@ class TensorFileWriter:
         self.path = path
         self._durable = durable
         self._digest = digest
-        self._left = list(tensors)
-        self._left.reverse()
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._missing = {name: math.prod(tensor.shape) for name, tensor in self._tensors.items()}  # numbers to come
+        header = _header(self._tensors.values(), metadata or {})
+        sizes = (tensor.bytes for tensor in self._tensors.values())
+        self._starts = dict(zip(self._tensors, accumulate(sizes, initial=len(header)), strict=False))
+        self._end = 0  # of what was written in order
         self._file = path.open("wb", buffering=0)
-        self._put(memoryview(_header(reversed(self._left), metadata or {})))
+        self._write_at(0, memoryview(header))
 
     def write(self, name: str, values: Tensor) -> None:
-        """The next tensor, whole, in the format that was planned."""
-        planned = self._left.pop() if self._left else None
-        if planned is None or (planned.name, planned.dtype, planned.shape) != (name, values.dtype, tuple(values.shape)):
-            raise ValueError(f"{self.path}: {name} {values.dtype} {tuple(values.shape)} comes where {planned} was planned")
-        if not values.numel():
-            return
-        self._put(memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+        """A tensor, whole."""
+        if tuple(values.shape) != self._tensors[name].shape:
+            planned = self._tensors[name].shape
+            raise ValueError(f"{self.path}: {name} was planned with shape {planned}, not {tuple(values.shape)}")
+        self.put(name, 0, values)
 
-    def _put(self, data: memoryview) -> None:
+    def put(self, name: str, start: int, values: Tensor) -> None:
+        """Consecutive numbers of a tensor, from number `start` on, in the format that was planned."""
+        planned = self._tensors[name]
+        if values.dtype != planned.dtype:
+            raise ValueError(f"{self.path}: {name} was planned as {planned.dtype}, not {values.dtype}")
+        self._missing[name] -= values.numel()
+        if self._missing[name] < 0 or start + values.numel() > math.prod(planned.shape):
+            raise ValueError(f"{self.path}: more numbers come than {name} has")
+        if values.numel():
+            data = memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            self._write_at(self._starts[name] + start * planned.dtype.itemsize, data)
+
+    def _write_at(self, position: int, data: memoryview) -> None:
         if self._digest is not None:
+            if position != self._end:
+                raise ValueError(f"{self.path}: with a digest, numbers are written in order")
             self._digest.update(data)
+            self._end += len(data)
         while data:
-            data = data[self._file.write(data) :]
+            count = os.pwrite(self._file.fileno(), data, position)
+            data, position = data[count:], position + count
 
     def close(self) -> None:
-        """Every tensor must have been written; then the file is on disk, for good if it is durable."""
+        """Every number must have been written; then the file is on disk, for good if it is durable."""
         with self._file:
-            if self._left:
-                raise ValueError(f"{self.path}: {len(self._left)} planned tensors were not written")
+            missing = [name for name, count in self._missing.items() if count]
+            if missing:
+                raise ValueError(f"{self.path}: planned tensors were not written: {', '.join(missing[:3])}")
             if self._durable:
                 os.fsync(self._file.fileno())
 
