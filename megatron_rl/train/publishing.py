@@ -9,13 +9,11 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
-from megatron_rl.weights.hf_files import read_json
 from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.publish.live import LiveWeights
 from megatron_rl.weights.publish.ports import Connect
 from megatron_rl.weights.publish.probe import Scores
 from megatron_rl.weights.publish.publisher import Publisher
-from megatron_rl.weights.publish.wire import fp8_quantizer
 
 
 def open_publisher(policy: Policy, connect: Connect, served: Path | None = None) -> Publisher:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -25,7 +26,7 @@ from megatron_rl.config.settings import PublishSettings
 from megatron_rl.weights.publish.errors import WrongWeights
 from megatron_rl.weights.publish.files import choose_folder, is_here, make_folder
 from megatron_rl.weights.publish.plan import Plan, families, plan_files, plan_stream, senders, units
-from megatron_rl.weights.publish.ports import Alone, Connect, Ranks, Target, Weights
+from megatron_rl.weights.publish.ports import Alone, Connect, Ranks, Server, Target, Weights
 from megatron_rl.weights.publish.probe import TOLERANCE, Scores, difference, odd_one_out, probe_sequences, server_scores
 from megatron_rl.weights.publish.protocol import Delivery
 from megatron_rl.weights.publish.report import Outcome, Report, Way
@@ -98,7 +99,13 @@ class Publisher:
             raise ValueError(f"version {version} cannot follow {self.version}: versions count upwards from 0")
         started = time.monotonic()
         crew = Crew(self.weights, self.wire, self.ranks, tell or (lambda done, total: None))
-        looks, here = await self._look(crew, targets)
+        async with Connections(self.connect) as servers:
+            return await self._publish(version, targets, crew, servers, started)
+
+    async def _publish(
+        self, version: int, targets: Sequence[Target], crew: Crew, servers: "Connections", started: float
+    ) -> Report:
+        looks, here = await self._look(crew, targets, servers)
         due = [look for look in looks if look.failure is None and not self._has(look, version)]
         outcomes = {
             look.target.url: Outcome(look.target.url, "unreachable" if look.failure else "current", look.failure)
@@ -108,7 +115,7 @@ class Publisher:
         if due:
             way = choose_way(self.settings, self._cuda, here, [look.target for look in due])
             shipment = Shipment(version, way, due, self._owners(way, due), crew)
-            outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, here)}
+            outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, servers, here)}
         self.version = version
         self._given |= {url: version for url, outcome in outcomes.items() if outcome.result == "updated"}
         size = sum(unit.bytes for unit in self._units)
@@ -116,23 +123,15 @@ class Publisher:
 
     # -- before --------------------------------------------------------------------------------------------------------
 
-    async def _look(self, crew: Crew, targets: Sequence[Target]) -> tuple[list[Look], bool]:
+    async def _look(self, crew: Crew, targets: Sequence[Target], servers: "Connections") -> tuple[list[Look], bool]:
         """What the main rank finds out about the servers, and whether everybody is on one machine."""
         looks: list[Look] = []
         here = self.machines == 1
         if self.ranks.rank == 0:
-            looks = list(await asyncio.gather(*(self._look_at(target) for target in targets)))
+            looks = list(await asyncio.gather(*(_look_at(target, servers) for target in targets)))
             here = here and all(is_here(look.target.url) for look in looks if look.failure is None)
         found: tuple[list[Look], bool] = await crew.alone(self.ranks.from_main, (looks, here))
         return found
-
-    async def _look_at(self, target: Target) -> Look:
-        try:
-            async with asyncio.timeout(GLANCE), self.connect(target.url) as server:
-                facts = await server.server_info()
-        except Exception as error:  # it is told of in the report, and left out
-            return Look(target, failure=str(error) or repr(error))
-        return Look(target, facts.version, facts.tensor_parallel)
 
     def _has(self, look: Look, version: int) -> bool:
         """Did it get this version from us, and has it not been started anew since?"""
@@ -151,27 +150,25 @@ class Publisher:
 
     # -- under way -----------------------------------------------------------------------------------------------------
 
-    async def _ship(self, shipment: Shipment, here: bool) -> list[Outcome]:
+    async def _ship(self, shipment: Shipment, servers: "Connections", here: bool) -> list[Outcome]:
         expected = self.score(self._sequences) if self.score is not None else None
-        async with AsyncExitStack() as stack:
-            for look, owner in zip(shipment.due, shipment.owners, strict=True):
-                if owner == self.ranks.rank:
-                    server = await stack.enter_async_context(self.connect(look.target.url))
-                    shipment.mine.append(Delivery(server, look.tensor_parallel, self.settings.pause, self.settings.seconds))
-            try:
-                await self._send(shipment, here)
-                await asyncio.gather(*(delivery.complete(shipment.version) for delivery in shipment.mine))
-                if expected is not None:
-                    await self._prove(shipment, expected)
-            finally:
-                await asyncio.gather(*(delivery.settle() for delivery in shipment.mine))
+        for look, owner in zip(shipment.due, shipment.owners, strict=True):
+            if owner == self.ranks.rank:
+                server = await servers.to(look.target.url)
+                shipment.mine.append(Delivery(server, look.tensor_parallel, self.settings.pause, self.settings.seconds))
+        try:
+            await self._send(shipment, here)
+            await asyncio.gather(*(delivery.complete(shipment.version) for delivery in shipment.mine))
+            if expected is not None:
+                await self._prove(shipment, expected)
+        finally:
+            await asyncio.gather(*(delivery.settle() for delivery in shipment.mine))
         mine = [delivery.outcome(shipment.differences.get(delivery.url)) for delivery in shipment.mine]
         return [outcome for each in await shipment.crew.alone(self.ranks.everyone_has, mine) for outcome in each]
 
     async def _send(self, shipment: Shipment, here: bool) -> None:
-        size, bucket = self.ranks.world_size, self.settings.bucket_bytes
         if shipment.way == "disk":
-            plan = plan_files(self._units, bucket, self.weights.shares(), size)
+            plan = self._file_plan
             folder = await self._folder(shipment, plan, here)
             try:
                 await send_files(shipment.crew, plan, folder, shipment.mine)
@@ -182,8 +179,12 @@ class Publisher:
         receivers = set(shipment.owners)
         if shipment.way == "tensor" and self._cuda:
             receivers = {rank for look in shipment.due for rank in look.target.colocated}
-        plan = plan_stream(self._units, bucket, receivers)
+        plan = plan_stream(self._units, self.settings.bucket_bytes, receivers)
         await send_stream(shipment.crew, plan, self._transport(shipment), shipment.mine)
+
+    @cached_property
+    def _file_plan(self) -> Plan:
+        return plan_files(self._units, self.settings.bucket_bytes, self.weights.shares(), self.ranks.world_size)
 
     async def _folder(self, shipment: Shipment, plan: Plan, here: bool) -> Path:
         """Made by the main rank; what it cannot do, all ranks raise."""
@@ -277,6 +278,35 @@ class Publisher:
             if any(await crew.alone(self.ranks.everyone_has, changed)):
                 return kind
         return None
+
+
+class Connections:
+    """Clients that are opened when first needed, and closed together."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._open = AsyncExitStack()
+        self._servers: dict[str, Server] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._open.aclose()
+
+    async def to(self, url: str) -> Server:
+        if url not in self._servers:
+            self._servers[url] = await self._open.enter_async_context(self._connect(url))
+        return self._servers[url]
+
+
+async def _look_at(target: Target, servers: Connections) -> Look:
+    try:
+        async with asyncio.timeout(GLANCE):
+            facts = await (await servers.to(target.url)).server_info()
+    except Exception as error:  # it is told of in the report, and left out
+        return Look(target, failure=str(error) or repr(error))
+    return Look(target, facts.version, facts.tensor_parallel)
 
 
 def choose_way(settings: PublishSettings, cuda: bool, here: bool, targets: Sequence[Target]) -> Way:

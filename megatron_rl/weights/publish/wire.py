@@ -49,8 +49,8 @@ def fp8_quantizer(weight_map: WeightMap, quantization: Mapping[str, Any] | None)
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or block != [BLOCK, BLOCK] or quantization.get("activation_scheme", "dynamic") != "dynamic":
         raise SettingsError(
-            f"the servers' quantization_config is of method {method!r} with weight_block_size {block!r}: weights can be published "
-            f"to unquantised servers and to block-scaled FP8 ones ('fp8', [{BLOCK}, {BLOCK}], dynamic activations)."
+            f"the servers' quantization_config is of method {method!r} with weight_block_size {block!r}: weights can be "
+            f"published to unquantised servers and to block-scaled FP8 ones ('fp8', [{BLOCK}, {BLOCK}], dynamic activations)."
         )
     served = served_tensors(weight_map, quantization)
 
