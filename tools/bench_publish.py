@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def receive(port: int, shapes: list[tuple[int, ...]], rounds: int) -> None:
     """The other end of a bare broadcast."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, False, TIMEOUT)
-    group = dist.ProcessGroupGloo(store, 1, 2, TIMEOUT)
+    group: Any = dist.ProcessGroupGloo(store, 1, 2, TIMEOUT)
     tensors = [torch.empty(shape) for shape in shapes]
     for _ in range(rounds):
         broadcast(group, tensors)
@@ -124,7 +125,7 @@ class Bench:
         context = multiprocessing.get_context("spawn")
         self.receiver = context.Process(target=receive, args=(port, shapes, options.rounds + 1), daemon=True)
         self.receiver.start()
-        self.group = dist.ProcessGroupGloo(dist.TCPStore("127.0.0.1", port, 2, True, TIMEOUT), 0, 2, TIMEOUT)
+        self.group: Any = dist.ProcessGroupGloo(dist.TCPStore("127.0.0.1", port, 2, True, TIMEOUT), 0, 2, TIMEOUT)
 
     def _settings(self, model: Path) -> Settings:
         return Settings.model_validate({"policy": {"init": model}, "precision": {"dtype": "float32"}})
@@ -136,10 +137,9 @@ class Bench:
     async def server_broadcast(self) -> None:
         names = list(self.names)
         shapes = [list(tensor.shape) for tensor in self.flat]
-        call = self.client.update_from_distributed(
-            names, ["float32"] * len(names), shapes, self.server_group.name, self.version
-        )
-        await asyncio.gather(call, self.server_group.broadcast(self.flat))
+        group, formats = self.server_group, ["float32"] * len(names)
+        call = self.client.update_from_distributed(names, formats, shapes, group.name, self.version)
+        await asyncio.gather(call, group.broadcast(self.flat))
 
     async def bare_write(self) -> None:
         path = self.file / "model.safetensors"
@@ -163,7 +163,7 @@ class Bench:
         changes = {"transport": transport, "probe": False, "bucket_bytes": self.options.bucket_mb * 2**20}
         settings = self.policy.settings.publish.model_copy(update=changes)
         self.policy.settings = self.policy.settings.model_copy(update={"publish": settings})
-        return open_publisher(self.policy, lambda url: Client(url, self.vocabulary))
+        return open_publisher(self.policy, lambda url: nullcontext(self.client))  # as a pool of servers would have it
 
     async def work(self) -> dict[str, float]:
         """Median seconds of each, taken in turns so that the machine's moods hit all alike."""

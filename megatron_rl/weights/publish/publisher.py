@@ -158,7 +158,6 @@ class Publisher:
                 shipment.mine.append(Delivery(server, look.tensor_parallel, self.settings.pause, self.settings.seconds))
         try:
             await self._send(shipment, here)
-            await asyncio.gather(*(delivery.complete(shipment.version) for delivery in shipment.mine))
             if expected is not None:
                 await self._prove(shipment, expected)
         finally:
@@ -171,7 +170,7 @@ class Publisher:
             plan = self._file_plan
             folder = await self._folder(shipment, plan, here)
             try:
-                await send_files(shipment.crew, plan, folder, shipment.mine)
+                await send_files(shipment.crew, plan, folder, shipment.mine, shipment.version)
             finally:
                 if self.ranks.rank == 0:  # which alone has told servers to load
                     shutil.rmtree(folder, ignore_errors=True)
@@ -180,7 +179,7 @@ class Publisher:
         if shipment.way == "tensor" and self._cuda:
             receivers = {rank for look in shipment.due for rank in look.target.colocated}
         plan = plan_stream(self._units, self.settings.bucket_bytes, receivers)
-        await send_stream(shipment.crew, plan, self._transport(shipment), shipment.mine)
+        await send_stream(shipment.crew, plan, self._transport(shipment), shipment.mine, shipment.version)
 
     @cached_property
     def _file_plan(self) -> Plan:
@@ -270,9 +269,8 @@ class Publisher:
         for kind, names in families(self.weights.weight_map).items():
             plan = plan_stream(units(self.weights.weight_map, self.weights.dtype, names), self.settings.bucket_bytes, [owner])
             transport = Broadcast(self.weights.device, self.settings.seconds) if self._cuda else ByValue()
-            await send_stream(crew, plan, transport, mine)
+            await send_stream(crew, plan, transport, mine, shipment.version)
             for delivery in mine:
-                await delivery.complete(shipment.version)
                 await delivery.prove(partial(score, delivery))
             changed = any(difference(scores[0], later) > NOTICEABLE * found for later in scores[1:])
             if any(await crew.alone(self.ranks.everyone_has, changed)):

@@ -38,7 +38,7 @@ class Crew:
         return self.weights.rounds(plan.rounds)
 
 
-async def send_stream(crew: Crew, plan: Plan, transport: Transport, deliveries: Sequence[Delivery]) -> None:
+async def send_stream(crew: Crew, plan: Plan, transport: Transport, deliveries: Sequence[Delivery], version: int) -> None:
     """Every bucket to every server. Servers pause when the first bucket is ready, and each waits for its own sender alone."""
     try:
         await asyncio.gather(*(transport.open(delivery) for delivery in deliveries))
@@ -53,12 +53,13 @@ async def send_stream(crew: Crew, plan: Plan, transport: Transport, deliveries: 
             finally:
                 tensors = await coming  # never given up: the other ranks count on it
             crew.tell(number + 1, count)
+        await asyncio.gather(*(delivery.complete(version) for delivery in deliveries))
         await asyncio.gather(*(transport.part(delivery) for delivery in deliveries))
     finally:
         transport.close()
 
 
-async def send_files(crew: Crew, plan: Plan, folder: Path, deliveries: Sequence[Delivery]) -> None:
+async def send_files(crew: Crew, plan: Plan, folder: Path, deliveries: Sequence[Delivery], version: int) -> None:
     """Every rank writes its buckets while servers generate; then they pause and load the folder."""
     rank, rounds, count = crew.ranks.rank, crew.assembled(plan), len(plan.rounds)
     failure = None
@@ -80,3 +81,4 @@ async def send_files(crew: Crew, plan: Plan, folder: Path, deliveries: Sequence[
     await asyncio.gather(*(delivery.pause() for delivery in deliveries))
     loads = (delivery.change(partial(delivery.server.update_from_disk, str(folder), UNFINISHED)) for delivery in deliveries)
     await asyncio.gather(*loads)
+    await asyncio.gather(*(delivery.complete(version) for delivery in deliveries))

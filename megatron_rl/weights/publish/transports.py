@@ -29,7 +29,7 @@ class Transport(Protocol):
     async def send(self, delivery: Delivery, load: Any) -> None: ...
 
     async def part(self, delivery: Delivery) -> None:
-        """A server that has everything, while it is still paused."""
+        """Take leave of a server that has everything and generates again."""
         ...
 
     def close(self) -> None:
@@ -78,7 +78,8 @@ class Broadcast:
             group.close()  # a server that waits for the rest of the bucket hears of it
 
     async def part(self, delivery: Delivery) -> None:
-        await delivery.change(lambda: delivery.server.leave_group(self._groups[delivery.url].name))
+        await delivery.prove(lambda: delivery.server.leave_group(self._groups[delivery.url].name))
+        delivery.trust()
 
     def close(self) -> None:
         for group in self._groups.values():
