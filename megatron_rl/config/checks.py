@@ -7,12 +7,19 @@ from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, moe, precision, training
+from megatron_rl.config.rules import batch, moe, precision, servers, training
 from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
 
-RULES: tuple[Rule, ...] = (*layout_rules.RULES, *moe.RULES, *batch.RULES, *precision.RULES, *training.RULES)
+RULES: tuple[Rule, ...] = (
+    *layout_rules.RULES,
+    *moe.RULES,
+    *batch.RULES,
+    *precision.RULES,
+    *training.RULES,
+    *servers.RULES,
+)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:

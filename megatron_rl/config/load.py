@@ -19,7 +19,8 @@ from megatron_rl.config.names import allowed_values, nearest_name, open_name, op
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
-INPUT_PATHS = ("policy.config", "policy.init")  # paths that are read: looked for beside the file that names them
+# Paths that are read: looked for beside the file that names them.
+INPUT_PATHS = ("policy.config", "policy.init", "servers.api_key_file", "servers.urls_file")
 
 
 def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:

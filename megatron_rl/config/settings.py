@@ -274,6 +274,56 @@ class SamplingSettings(Section):
     go_on_with: Literal["first", "best"] = Field("first", description="turn_groups: the action that the next turn follows.")
 
 
+class ServerSettings(Section):
+    """The SGLang servers that sample: started here, or run by somebody else. Their own arguments are the section `sglang`."""
+
+    count: NonNegativeInt | None = Field(
+        None, description="Servers to start on this machine; default: one, or none where urls or urls_file name others."
+    )
+    model: str | None = Field(
+        None, description="What own servers load: a checkpoint folder or a hub name; default: policy.init, else policy.config."
+    )
+    urls: tuple[str, ...] = Field((), description="Servers that somebody else runs, such as http://node7:30000.")
+    urls_file: Path | None = Field(
+        None, description="A file of such URLs, one a line; it is watched: servers that appear in it join, others leave."
+    )
+    router: str | None = Field(
+        None, description="URL of an sglang-router: generation goes through it, everything else to the servers themselves."
+    )
+    api_key_file: Path | None = Field(None, description="A file that holds the servers' API key.")
+    host: str = Field("127.0.0.1", description="Where own servers listen; anything but this machine needs an API key.")
+    port: PositiveInt | None = Field(None, description="Port of the first own server, the others follow; default: free ones.")
+    gpus: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="GPUs for own servers, dealt to them in order, tp_size x pp_size each; default: all there are."
+    )
+    logs: Path | None = Field(None, description="Folder of the servers' logs; default: servers in run.directory.")
+    start_seconds: PositiveFloat = Field(1800.0, description="How long a server may take to load and generate.")
+    max_in_flight: PositiveInt | None = Field(
+        None, description="Most requests a server works on at once; default: as many as it says it runs at once."
+    )
+    over_commit: PositiveFloat = Field(
+        2.0,
+        description="Requests are given to a server up to this multiple of the tokens it can hold, counting prompts and the "
+        "longest responses allowed. Above 1 because few responses are that long.",
+    )
+    answer_seconds: PositiveFloat = Field(30.0, description="How long a server may take to answer a question.")
+    silence_seconds: PositiveFloat = Field(300.0, description="How long a response may bring no new tokens.")
+    update_seconds: PositiveFloat = Field(3600.0, description="How long a server may take to load new weights.")
+    probe_seconds: PositiveFloat = Field(10.0, description="Seconds between looks at a server's health.")
+    probes: PositiveInt = Field(3, description="Looks that may fail in a row before a server gets no more work.")
+    tries: PositiveInt = Field(8, description="Servers that may fail a response before the run gives up.")
+    restarts: NonNegativeInt = Field(3, description="Times that an own server which died is started again.")
+    outage_seconds: PositiveFloat = Field(900.0, description="How long there may be no working server before the run gives up.")
+    update: Literal["abort", "retract", "in_place"] = Field(
+        "abort",
+        description="What happens to responses under way when weights change. abort: they end and go on under the new weights, "
+        "computed anew; retract and in_place: servers keep them, and the new weights read keys and values of the old.",
+    )
+    piece: PositiveInt = Field(
+        32, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
+    )
+
+
 class DeviceSettings(Section):
     """The machine."""
 
@@ -297,5 +347,7 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     publish: PublishSettings = PublishSettings()
     sampling: SamplingSettings = SamplingSettings()
+    servers: ServerSettings = ServerSettings()
+    sglang: dict[str, Any] = Field({}, description="Arguments of own servers, by SGLang's names: {tp_size: 4}.")
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()

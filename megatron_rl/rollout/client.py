@@ -7,6 +7,7 @@ process's memory (so tensors travel by value); an update over a group that the s
 memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
 """
 
+import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -280,6 +281,18 @@ class Client:
         reply = await self._connection.ask("/model_info")
         with self._connection.trusting("/model_info"):
             return replies.read_model_info(reply)
+
+    async def vocabulary_size(self) -> int:
+        """How many tokens the server's model has. It tells when it refuses a bias for a token that no model has."""
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "logit_bias": {str(2**31 - 1): 0.0}}}
+        try:
+            await self._connection.call("/generate", body, self.patience.answer)
+        except Refused as refused:
+            told = re.search(r"keys in \[0, (\d+)\]", refused.what)
+            if told:
+                return int(told[1]) + 1
+        with self._connection.trusting("/generate"):
+            raise replies.Untrusted("it did not tell the size of its vocabulary")
 
     async def server_info(self) -> ServerInfo:
         reply = await self._connection.ask("/server_info")

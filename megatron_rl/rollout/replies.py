@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 type Finish = Literal["stop", "length", "abort"]
+type Routing = NDArray[np.uint8] | NDArray[np.uint16]  # [positions, layers, chosen], experts by number
 
 ROUNDING = 1e-3  # how far above 0 a log-probability may come out
 
@@ -45,7 +46,7 @@ class Piece:
     log_probs: list[float]  # of the tokens, under the sampling temperature
     version: int | None
     finish: Finish | None = None
-    routing: NDArray[np.uint8] | NDArray[np.uint16] | None = None  # [prompt + tokens - 1, layers, chosen]
+    routing: Routing | None = None  # [prompt + tokens - 1, layers, chosen]
     cached: int = 0  # prompt tokens whose keys and values were there already
 
 
@@ -57,7 +58,7 @@ class Generation:
     log_probs: NDArray[np.float32]  # [response], under the sampling temperature
     spans: tuple[Span, ...]  # they cover the response in order
     finish: Finish
-    routing: NDArray[np.uint8] | NDArray[np.uint16] | None = None  # [prompt + response - 1, layers, chosen]
+    routing: Routing | None = None  # [prompt + response - 1, layers, chosen]
     cached: int = 0
 
 
@@ -139,7 +140,7 @@ class StreamReader:
             raise Untrusted(f"it sent {len(entries)} log-probs for {len(tokens)} tokens")
         return [_log_prob(entry, token) for entry, token in zip(entries, tokens, strict=True)]
 
-    def _routing(self, told: Mapping[str, Any], finish: Finish) -> NDArray[np.uint8] | NDArray[np.uint16] | None:
+    def _routing(self, told: Mapping[str, Any], finish: Finish) -> Routing | None:
         assert self._shape is not None
         encoded = told.get("routed_experts")
         if encoded is None and finish == "abort":
@@ -174,7 +175,7 @@ def join_spans(spans: Any) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def decode_routing(encoded: str, positions: int, shape: RoutingShape) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def decode_routing(encoded: str, positions: int, shape: RoutingShape) -> Routing:
     """[positions, layers, chosen] expert numbers, from base64 of little-endian int32, in the smallest type that holds them."""
     try:
         numbers = np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<i4")

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import httpx
 
 from megatron_rl.config.errors import SettingsError, UserError
-from megatron_rl.rollout.arguments import command_line
+from megatron_rl.config.sglang_arguments import command_line
 
 HERE = Path(__file__).parent
 CPU_STUB = HERE / "cpu_stub"
@@ -108,6 +108,10 @@ class Server:
     @property
     def alive(self) -> bool:
         return self._keeper.poll() is None
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     @property
     def pid(self) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy as np
-from megatron_rl.rollout.replies import Generation
 from numpy.typing import NDArray
 
+from megatron_rl.rollout.replies import Generation
 from megatron_rl.types import Sample, Segment
 
 type SampleFinish = Literal["stop", "length", "abort", "budget", "error"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-from megatron_rl.rollout.client import Sampling
-from megatron_rl.rollout.replies import Generation
 from numpy.typing import NDArray
 
+from megatron_rl.rollout.client import Sampling
+from megatron_rl.rollout.replies import Generation
 from megatron_rl.rollout.trajectory import SampleFinish, Trajectory
 from megatron_rl.types import Prompt, Sample
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.rollout.arguments import check_arguments, command_line, known_arguments
+from megatron_rl.config.sglang_arguments import check_arguments, command_line, known_arguments
 from megatron_rl.rollout.server import CPU_STUB
 
 GIVEN = {

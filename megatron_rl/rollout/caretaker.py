@@ -1,0 +1,190 @@
+"""Looks after one server: waits for it, admits it to work, probes it, restarts it, and knows when it is past help."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.settings import ServerSettings
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.dispatch import Capacity
+from megatron_rl.rollout.errors import ServerError
+from megatron_rl.rollout.health import Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
+from megatron_rl.rollout.replies import ServerInfo
+from megatron_rl.rollout.server import Server
+from megatron_rl.rollout.suitability import Demands, inspect
+from megatron_rl.rollout.worker import Worker
+
+type Load = Callable[[Client], Awaitable[None]]  # brings one server to the current weights
+
+HURRY = 1.0  # seconds between looks at a suspect
+LONGEST_REST = 3  # doublings of the time between looks at a quarantined server, or between restarts
+
+
+@dataclass
+class Weights:
+    """The weights that responses come from now. `lock` is held while those of any server change."""
+
+    version: int
+    load: Load | None = None  # None: only the next update brings a server that missed one back
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Caretaker:
+    """One for each server, for as long as it is in the pool."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        demands: Demands,
+        settings: ServerSettings,
+        weights: Weights,
+        make_client: Callable[[str], Client],
+    ) -> None:
+        self._worker = worker
+        self._demands = demands
+        self._settings = settings
+        self._weights = weights
+        self._make_client = make_client
+
+    async def run(self) -> None:
+        """Until the server has left."""
+        worker = self._worker
+        while not isinstance(worker.health, Left):
+            worker.look.clear()
+            match worker.health:
+                case Starting():
+                    await self._begin()
+                case Healthy() | Suspect():
+                    await self._probe()
+                case Quarantined():
+                    await self._call_back()
+                case Dead():
+                    await self._restart()
+                case Paused() | Outdated():
+                    await self._wait(self._settings.probe_seconds)
+                    self._notice_death()
+
+    async def _begin(self) -> None:
+        worker = self._worker
+        try:
+            if worker.server is not None:
+                await worker.server.ready()
+            await self._admit()
+        except (UserError, ServerError) as error:
+            own = worker.server is not None and not worker.server.alive
+            self._move(Starting, Dead(str(error)) if own else Quarantined(str(error)))
+
+    async def _probe(self) -> None:
+        """A look after a while, or at once at a suspect."""
+        worker = self._worker
+        if isinstance(worker.health, Healthy):
+            await self._wait(self._settings.probe_seconds)
+        if self._notice_death() or not isinstance(worker.health, Healthy | Suspect):
+            return
+        reason = await self._complaint()
+        if reason is not None:
+            worker.probe_failed(reason)
+            await self._wait(min(HURRY, self._settings.probe_seconds))
+        elif isinstance(worker.health, Suspect):
+            worker.become(Healthy())
+
+    async def _call_back(self) -> None:
+        """After a rest: is it well, and what weights has it? One of our own that does not recover is killed."""
+        worker = self._worker
+        await self._wait(self._settings.probe_seconds * 2 ** min(max(worker.rests - 1, 0), LONGEST_REST), heed_look=False)
+        if self._notice_death() or not isinstance(worker.health, Quarantined):
+            return
+        try:
+            await worker.client.resume()  # an update may have failed while it was paused
+            reason = await self._complaint()
+            if reason is None:
+                await self._admit()
+                return
+        except (UserError, ServerError) as error:
+            reason = str(error)
+        if worker.server is not None and worker.rests > worker.forgiven:
+            await asyncio.to_thread(worker.server.kill)
+            self._move(Quarantined, Dead(f"killed, since it did not recover: {reason}"))
+        else:
+            self._move(Quarantined, Quarantined(reason))
+
+    async def _restart(self) -> None:
+        """Start a server of our own again at its old address; others stay dead until they are told to go."""
+        worker = self._worker
+        if worker.server is None or worker.restarts >= self._settings.restarts:
+            await self._wait(None)
+            return
+        await self._wait(min(2.0**worker.restarts, 2.0**LONGEST_REST), heed_look=False)
+        await asyncio.to_thread(worker.server.stop)
+        if not isinstance(worker.health, Dead):
+            return
+        worker.restarts += 1
+        worker.strikes = worker.rests = 0
+        worker.torn = False
+        await worker.client.close()
+        worker.client = self._make_client(worker.url)
+        worker.server = Server.start(worker.server.options, worker.server.port)
+        worker.become(Starting())
+
+    async def _admit(self) -> None:
+        """Let it work if it can do what is asked and has the current weights, which it is given if there is a way to."""
+        worker, weights, before = self._worker, self._weights, self._worker.health
+        info = await inspect(worker.client, self._demands)
+        worker.desk.capacity = self._capacity(info)
+        async with weights.lock:
+            version = await self._version(info)
+            if weights.load is not None and (version != weights.version or worker.torn):
+                worker.torn = True
+                await worker.client.pause("abort")
+                await weights.load(worker.client)
+                await worker.client.flush_cache()
+                await worker.client.resume()
+                version = (await worker.client.model_info()).version
+                worker.torn = False
+            if version == weights.version and not worker.torn:
+                self._move(type(before), Healthy())
+            else:
+                has = "half-updated weights" if worker.torn else f"weights {version}"
+                self._move(type(before), Outdated(f"it has {has}, the others {weights.version}"))
+
+    async def _version(self, info: ServerInfo) -> int | None:
+        """Weights that were never updated are version 0, whatever their server calls them."""
+        if info.version is None and self._weights.version == 0:
+            await self._worker.client.set_version(0)
+            return 0
+        return info.version
+
+    def _capacity(self, info: ServerInfo) -> Capacity:
+        most = self._settings.max_in_flight
+        requests = info.max_requests if most is None else min(most, info.max_requests)
+        return Capacity(requests, self._settings.over_commit * info.pool_tokens)
+
+    async def _complaint(self) -> str | None:
+        """What is wrong with it, if something is."""
+        try:
+            return None if await self._worker.client.healthy() else "it says that it is not well"
+        except ServerError as error:
+            return str(error)
+
+    def _notice_death(self) -> bool:
+        worker = self._worker
+        if worker.server is None or worker.server.alive or isinstance(worker.health, Dead | Left):
+            return False
+        worker.become(Dead(f"its process ended; its last words are in {worker.server.options.log}"))
+        return True
+
+    def _move(self, expected: type, new: Health) -> None:
+        """Change its health, unless something else happened to it meanwhile."""
+        if type(self._worker.health) is expected:
+            self._worker.become(new)
+
+    async def _wait(self, seconds: float | None, *, heed_look: bool = True) -> None:
+        """So long, or until there is a reason to look. A rest is cut short by nothing but its leaving."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._worker.look.wait()
+                while not heed_look and not isinstance(self._worker.health, Left):
+                    self._worker.look.clear()
+                    await self._worker.look.wait()

@@ -1,0 +1,291 @@
+"""The servers of a run: who is among them, how new weights reach all of them, and who comes and goes meanwhile."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_rl.config.settings import ServerSettings
+from megatron_rl.rollout.caretaker import Caretaker, Load, Weights
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.connection import Patience
+from megatron_rl.rollout.errors import Refused, ServerError
+from megatron_rl.rollout.health import Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
+from megatron_rl.rollout.server import Server, ServerOptions, free_ports, stop_servers
+from megatron_rl.rollout.suitability import Demands, UnsuitableServer
+from megatron_rl.rollout.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 60.0  # for requests to end that a pause has ended
+
+
+class UpdateFailed(RuntimeError):
+    """No server got the new weights."""
+
+
+class Update:
+    """New weights on their way to the servers that are paused for them."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = list(workers)
+        self.dropped: dict[str, str] = {}
+
+    @property
+    def clients(self) -> list[Client]:
+        """Of the servers that take part."""
+        return [worker.client for worker in self._workers if worker.url not in self.dropped]
+
+    def drop(self, client: Client, reason: str) -> None:
+        """This server failed at the update. The others go on; it is quarantined, and its weights count as none."""
+        self.dropped[client.url] = reason
+
+
+class Fleet:
+    """The servers, each with its caretaker. `changed` is called whenever the health of one has changed."""
+
+    def __init__(
+        self, settings: ServerSettings, demands: Demands, api_key: str | None, version: int, changed: Callable[[], None]
+    ) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._settings = settings
+        self._demands = demands
+        self._api_key = api_key
+        self._changed = changed
+        self._weights = Weights(version)
+        self._cares: dict[Worker, asyncio.Task[None]] = {}
+        self._leaving: dict[Worker, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the weights that responses come from."""
+        return self._weights.version
+
+    @property
+    def updating(self) -> bool:
+        return self._weights.lock.locked()
+
+    # Coming and going.
+
+    async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
+        """Start servers of our own, meet the others, and wait until they work. One that cannot is UnsuitableServer."""
+        ports = free_ports(len(own))
+        for options, port in zip(own, ports, strict=True):
+            server = Server.start(options, port)
+            self._add(server.url, server)
+        for url in self._settings.urls:
+            self.join(url)
+        try:
+            await self._settled(list(self.workers.values()))
+            if self._settings.urls_file is not None:
+                await self._read_file(self._settings.urls_file)
+                self._watching = asyncio.create_task(self._watch_file(self._settings.urls_file))
+                await self._some_work()
+        except BaseException:
+            await self.close()
+            raise
+
+    def join(self, url: str) -> Worker:
+        """A server that somebody else runs. It gets work once it has been found well and suitable."""
+        url = url.rstrip("/")
+        known = self.workers.get(url)
+        if known is not None and not isinstance(known.health, Left):
+            return known
+        return self._add(url, None)
+
+    def leave(self, url: str) -> None:
+        """No new work for this server. What it works on may finish; its end, if it comes, is taken as any other's."""
+        worker = self.workers.pop(url.rstrip("/"), None)
+        if worker is None:
+            raise KeyError(f"{url} is not among the servers: {', '.join(self.workers)}")
+        worker.become(Left())
+        self._leaving[worker] = asyncio.create_task(self._see_off(worker, self._cares.pop(worker)))
+
+    async def close(self) -> None:
+        """End what we started, and let the others go."""
+        tasks = [*self._cares.values(), *self._leaving.values(), *([self._watching] if self._watching else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        workers = self.everybody()
+        self.workers.clear()
+        self._leaving.clear()
+        await asyncio.gather(*(worker.client.close() for worker in workers))
+        await stop_servers([worker.server for worker in workers if worker.server is not None])
+
+    def everybody(self) -> list[Worker]:
+        """All servers, also those that only finish what they have."""
+        return [*self.workers.values(), *self._leaving]
+
+    def states(self) -> str:
+        """All servers with their health, for messages."""
+        lines = (
+            f"  {worker.url}: {name(worker.health)}{f' ({reason})' if (reason := getattr(worker.health, 'reason', '')) else ''}"
+            for worker in self.workers.values()
+        )
+        return "\n".join(lines) or "  there are none"
+
+    # New weights.
+
+    async def update(self, version: int, load: Load) -> dict[str, str]:
+        """Bring every server to new weights by a call to each, and whoever comes later; returns who failed at it and why.
+
+        If all fail it is UpdateFailed, and the next update is as if this one had not been.
+        """
+
+        async def one(client: Client) -> None:
+            try:
+                await load(client)
+            except ServerError as error:
+                update.drop(client, str(error))
+
+        async with self.paused(version, load) as update:
+            await asyncio.gather(*map(one, update.clients))
+        return update.dropped
+
+    @asynccontextmanager
+    async def paused(self, version: int, load: Load | None = None) -> AsyncIterator[Update]:
+        """Pause all servers while the caller brings them to new weights; then they go on, those that have them.
+
+        `load` brings one server there later, by a way of its own: one that was away, or comes new. An exception of the caller
+        leaves no server with weights to be trusted; the next update does.
+        """
+        async with self._weights.lock:
+            workers = [worker for worker in self.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
+            for worker in workers:
+                worker.become(Paused())
+            await asyncio.gather(*map(self._pause, workers))
+            update = Update([worker for worker in workers if isinstance(worker.health, Paused)])
+            for worker in workers:
+                worker.torn = True
+            try:
+                yield update
+                if update.dropped and not update.clients:
+                    told = "\n".join(f"  {url}: {reason}" for url, reason in update.dropped.items())
+                    raise UpdateFailed(f"No server took weights {version}:\n{told}")
+            except BaseException as error:
+                for worker in workers:
+                    self._quarantine(worker, f"an update of its weights failed: {error!r}")
+                raise
+            for worker in workers:
+                if worker.url in update.dropped:
+                    self._quarantine(worker, f"an update of its weights failed: {update.dropped[worker.url]}")
+            self._weights.version, self._weights.load = version, load
+            await asyncio.gather(*map(self._resume, workers))
+
+    async def _pause(self, worker: Worker) -> None:
+        mode = self._settings.update
+        try:
+            if mode == "abort":
+                await worker.client.abort_all()
+                if worker.attempts:  # a server that still works on any looks again only after a second
+                    await asyncio.wait(worker.attempts.values(), timeout=DRAIN_SECONDS)
+            await worker.client.pause(mode)
+        except ServerError as error:
+            self._quarantine(worker, f"it could not be paused: {error}")
+
+    async def _resume(self, worker: Worker) -> None:
+        """Back to work, if it reports the new weights."""
+        if not isinstance(worker.health, Paused):
+            return
+        try:
+            version = (await worker.client.model_info()).version
+            if version != self._weights.version:
+                self._quarantine(worker, f"after the update to weights {self._weights.version} it reports {version}")
+                return
+            if self._settings.update == "abort":
+                await self._flush(worker.client)
+            await worker.client.resume()
+        except ServerError as error:
+            self._quarantine(worker, f"it did not go on after an update: {error}")
+            return
+        if isinstance(worker.health, Paused):
+            worker.torn = False
+            worker.become(Healthy())
+
+    async def _flush(self, client: Client) -> None:
+        """Free what the old weights left in the prefix cache. Nobody would read it (`cache_key`), so a refusal is no harm."""
+        try:
+            await client.flush_cache()
+        except Refused as refused:
+            logger.warning("the prefix cache of old weights stays: %s", refused)
+
+    def _quarantine(self, worker: Worker, reason: str) -> None:
+        if isinstance(worker.health, Paused):
+            worker.become(Quarantined(reason))
+
+    # The rest.
+
+    def _add(self, url: str, server: Server | None) -> Worker:
+        worker = Worker(self._client(url), self._changed, self._settings.probes, server)
+        self.workers[url] = worker
+        caretaker = Caretaker(worker, self._demands, self._settings, self._weights, self._client)
+        self._cares[worker] = asyncio.create_task(caretaker.run())
+        return worker
+
+    def _client(self, url: str) -> Client:
+        own = self._settings
+        patience = Patience(answer=own.answer_seconds, silence=own.silence_seconds, update=own.update_seconds)
+        return Client(url, self._demands.vocabulary, self._api_key, patience)
+
+    async def _see_off(self, worker: Worker, care: asyncio.Task[None]) -> None:
+        """Wait for its requests to end, then let it go."""
+        await asyncio.gather(care, *worker.attempts.values(), return_exceptions=True)
+        await worker.client.close()
+        if worker.server is not None:
+            await asyncio.to_thread(worker.server.stop)
+        del self._leaving[worker]
+
+    async def _settled(self, workers: Iterable[Worker]) -> None:
+        """Wait until each has been met; what is wrong with any is the caller's to hear."""
+        problems = []
+        for worker in workers:
+            while isinstance(worker.health, Starting):
+                await asyncio.sleep(0.05)
+            if isinstance(worker.health, Dead | Quarantined):
+                problems.append(worker.health.reason)
+        if problems:
+            raise UnsuitableServer("\n".join(problems))
+
+    async def _some_work(self) -> None:
+        """Wait until a server of the file works."""
+        deadline = asyncio.get_running_loop().time() + self._settings.start_seconds
+        while not any(worker.works for worker in self.workers.values()):
+            if asyncio.get_running_loop().time() > deadline:
+                raise UnsuitableServer(
+                    f"No server of {self._settings.urls_file} worked within {self._settings.start_seconds:.0f} s "
+                    f"(servers.start_seconds):\n{self.states()}"
+                )
+            await asyncio.sleep(0.1)
+
+    async def _watch_file(self, path: Path) -> None:
+        while True:
+            await asyncio.sleep(self._settings.probe_seconds)
+            await self._read_file(path)
+
+    async def _read_file(self, path: Path) -> None:
+        """Who is new in the file joins, who is no more in it leaves. A file that cannot be read now changes nothing."""
+        try:
+            urls = read_urls(path.read_text())
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            logger.warning("servers.urls_file: %s: %s; the servers stay as they are", path, error)
+            return
+        fixed = {url.rstrip("/") for url in self._settings.urls}
+        foreign = {url for url, worker in self.workers.items() if worker.server is None} - fixed
+        for url in urls - self.workers.keys():
+            self.join(url)
+        for url in foreign - urls:
+            self.leave(url)
+
+
+def read_urls(text: str) -> set[str]:
+    """URLs, one a line; empty lines and what follows a # aside."""
+    urls = {line.partition("#")[0].strip().rstrip("/") for line in text.splitlines()} - {""}
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no URL of a server; expected http://host:port")
+    return urls

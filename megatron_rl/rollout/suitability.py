@@ -1,0 +1,64 @@
+"""Whether a server can sample for this run, asked before it gets any work. Each problem comes with its fix."""
+
+from dataclasses import dataclass
+
+from megatron_rl.config.architecture import Architecture
+from megatron_rl.config.errors import UserError
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.errors import ServerError
+from megatron_rl.rollout.replies import RoutingShape, ServerInfo
+
+
+class UnsuitableServer(UserError, RuntimeError):
+    """A server that is not there, or not one for this run."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a run asks of each of its servers."""
+
+    family: str  # model_type
+    vocabulary: int
+    routing: RoutingShape | None = None  # None: routing is not asked for
+    longest: int | None = None  # tokens of the longest sample
+    seeded: bool = False
+
+    @classmethod
+    def of(cls, model: Architecture, *, routing: bool = False, longest: int | None = None, seeded: bool = False) -> "Demands":
+        """What sampling from this model asks."""
+        shape = None
+        if routing:
+            if not model.is_moe or model.experts is None:
+                raise UserError(f"Routing cannot be replayed: a {model.family} model without experts has none. Turn it off.")
+            shape = RoutingShape(model.layers, model.experts.top_k, model.experts.count)
+        return cls(model.family, model.vocab, shape, longest, seeded)
+
+
+async def inspect(client: Client, demands: Demands) -> ServerInfo:
+    """What the server can do, if that is what is asked; else UnsuitableServer with all that is in the way."""
+    try:
+        await client.resume()  # somebody may have paused it and gone; resuming what runs changes nothing
+        info, model, vocabulary = await client.server_info(), await client.model_info(), await client.vocabulary_size()
+    except ServerError as error:
+        raise UnsuitableServer(
+            f"{error}. Is an SGLang server running there? Correct servers.urls, or start servers with `megatron-rl serve`."
+        ) from error
+    problems = []
+    if model.family is not None and model.family != demands.family:
+        problems.append(f"it serves {model.path}, a {model.family} model; this run trains a {demands.family} model")
+    if vocabulary != demands.vocabulary:
+        problems.append(f"its model ({model.path}) has {vocabulary} tokens; the policy's has {demands.vocabulary}")
+    if problems:
+        problems.append("start it with the policy's model, or correct servers.urls")
+    if demands.routing is not None and not info.returns_routing:
+        problems.append("it does not return routing, which replay asks for: start it with --enable-return-routed-experts")
+    if demands.seeded and not info.deterministic:
+        problems.append("it does not heed seeds: start it with --enable-deterministic-inference, or sample without a seed")
+    if demands.longest is not None and info.longest_input < demands.longest:
+        problems.append(
+            f"it takes {info.longest_input} tokens at most, samples may have {demands.longest}: lower sampling.max_tokens, or "
+            "start it with a longer --context-length"
+        )
+    if problems:
+        raise UnsuitableServer(f"The server {client.url} cannot sample for this run: {'; '.join(problems)}.")
+    return info
