@@ -21,7 +21,9 @@ class PolicySettings(Section):
 
     config: Path = Field(description="A Hugging Face config.json, or the folder that holds it; default: policy.init's.")
     init: Literal["random"] | Path = Field(
-        "random", description="Where the first weights come from: random, or a Hugging Face checkpoint folder (safetensors)."
+        "random",
+        description="Where the first weights come from: random, or a folder: of a Hugging Face checkpoint (safetensors), or of "
+        "one of megatron-rl's (step_...).",
     )
     seed: NonNegativeInt = Field(
         0, description="Seed of random weights. The same seed gives the same weights under every layout."
@@ -180,6 +182,12 @@ class CheckpointSettings(Section):
     every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: PositiveInt = Field(2, description="Complete checkpoints kept; older ones are removed.")
     asynchronous: bool = Field(False, description="Write in the background while training goes on.")
+    export_every: NonNegativeInt = Field(
+        0, description="Steps between exports of the weights as Hugging Face checkpoints, and one at the end; 0: none."
+    )
+    export_dtype: Literal["bfloat16", "float32", "fp8"] = Field(
+        "bfloat16", description="Number format of exports; fp8 is e4m3 in blocks of 128 x 128 with scales, as DeepSeek-V3's."
+    )
     allow_changes: tuple[str, ...] = Field(
         (),
         description="Settings (optimizer.lr) or sections (optimizer) that may differ from those of a loaded checkpoint.",

@@ -32,6 +32,20 @@ from megatron_rl.weights.checkpoint_files import (
     write_rank_file,
 )
 
+
+def on_main(layout: Layout, action: Callable[[], None], problem: str) -> None:
+    """Rank 0 does something to files; all ranks learn whether it went well."""
+    failure = None
+    if layout.is_main:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            failure = f"{problem}: {error!r}. Earlier checkpoints are untouched."
+    found = layout.everyone_has(failure)[0]
+    if found:
+        raise CheckpointError(found)
+
+
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +74,7 @@ class CheckpointWriter:
         """Save. With `asynchronous` the files are written while training goes on: call `poll` after each step."""
         self.finish()
         final = step_folder(self.root, step)
-        self._on_main(lambda: self._prepare(final), f"{final} cannot be written")
+        on_main(self.layout, lambda: self._prepare(final), f"{final} cannot be written")
         boxes, tensors = _stage(slices)
         written: dict[str, Any] = {}
         failure: list[BaseException] = []
@@ -91,19 +105,7 @@ class CheckpointWriter:
                 "are untouched. The folder must be shared by all machines, have space left, and be writable."
             )
         written = self.layout.main_has(saving.written)
-        self._on_main(lambda: self._commit(saving, written), f"{saving.folder} was not saved")
-
-    def _on_main(self, action: Callable[[], None], problem: str) -> None:
-        """Rank 0 does something to the folder; all ranks learn whether it went well."""
-        failure = None
-        if self.layout.is_main:
-            try:
-                action()
-            except (OSError, ValueError) as error:
-                failure = f"{problem}: {error!r}. Earlier checkpoints are untouched."
-        found = self.layout.everyone_has(failure)[0]
-        if found:
-            raise CheckpointError(found)
+        on_main(self.layout, lambda: self._commit(saving, written), f"{saving.folder} was not saved")
 
     def _prepare(self, final: Path) -> None:
         for suffix in (PARTIAL, DELETED):  # left behind by processes that died
@@ -154,11 +156,15 @@ class Checkpoint(CheckpointFiles):
                 "Restore the file, or move the folder away: the checkpoint before it is then the latest."
             )
 
-    def fill(self, slices: Iterable[Slice], layout: Layout) -> None:
-        """Fill live tensors from the saved boxes that cover them: all of them on all ranks, or, with an error, none."""
-        wanted = [
-            (piece, self.sources(piece.name, piece.shape, piece.tensor.dtype, (piece.offset, piece.size))) for piece in slices
-        ]
+    def fill(self, slices: Iterable[Slice], layout: Layout, *, any_format: bool = False) -> None:
+        """Fill live tensors from the saved boxes that cover them: all of them on all ranks, or, with an error, none.
+
+        Number formats must be the same, unless `any_format` takes numbers as first weights, rounded where they must be.
+        """
+        wanted = []
+        for piece in slices:
+            dtype = None if any_format else piece.tensor.dtype
+            wanted.append((piece, self.sources(piece.name, piece.shape, dtype, (piece.offset, piece.size))))
         problems = [sources for _, sources in wanted if isinstance(sources, str)]
         found = [problem for rank_problems in layout.everyone_has(problems[:3]) for problem in rank_problems]
         if found:
@@ -166,4 +172,4 @@ class Checkpoint(CheckpointFiles):
         with torch.no_grad():
             for piece, sources in wanted:
                 assert not isinstance(sources, str)
-                self.read(sources, (piece.offset, piece.size), piece.tensor.view(piece.size))
+                self.fill_box(sources, (piece.offset, piece.size), piece.tensor.view(piece.size))

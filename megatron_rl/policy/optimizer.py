@@ -102,6 +102,16 @@ class Optimizer:
                     tensors["main"] = key.data.view(-1)
                 yield ParameterState(names[parameter], start, stop, tensors)
 
+    def start_from_weights(self) -> None:
+        """A fresh state: no moments, no steps, and masters that are the present weights."""
+        parameters = dict(self.model.named_parameters())
+        for state in self.states():
+            for moment in MOMENTS:
+                state.tensors[moment].zero_()
+            if "main" in state.tensors:
+                state.tensors["main"].copy_(parameters[state.name].data.view(-1)[state.start : state.stop])
+        self.set_steps_taken(0)
+
     def set_steps_taken(self, steps: int) -> None:
         """Set Adam's own count of steps (its bias correction) after a load."""
         for optimizer in self._parts():
@@ -123,6 +133,7 @@ def set_adam_steps(inner: Any, steps: int) -> None:
             state["step"] = torch.tensor(float(steps))
     else:
         for group in inner.param_groups:
+            group.pop("step", None)
             if group["params"] and steps:
                 group["step"] = steps
 

@@ -51,7 +51,8 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     """Set the policy to a checkpoint's state, saved under this layout or another.
 
     Random state returns only under the same layout: it belongs to ranks. With `verify`, checksums are checked first. Every
-    rank must name the same checkpoint.
+    rank must name the same checkpoint. A checkpoint of weights alone, which a conversion made, is that of step 0: the
+    optimizer starts from the weights, and random generators go on as they are.
     """
     named = policy.layout.everyone_has(str(folder))
     if len(set(named)) > 1:
@@ -60,9 +61,13 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     _require_same_run(policy, checkpoint)
     if verify:
         checkpoint.verify(policy.layout)
-    checkpoint.fill(state_slices(policy), policy.layout)
+    weights_only = checkpoint.manifest.get("weights_only", False)
+    checkpoint.fill(model_slices(policy.model, policy.layout) if weights_only else state_slices(policy), policy.layout)
     policy.steps = int(checkpoint.manifest["steps"])
     policy.skipped = int(checkpoint.manifest["skipped"])
+    if weights_only:
+        policy.optimizer.start_from_weights()
+        return
     policy.optimizer.set_steps_taken(policy.steps)
     if _same_ranks(policy, checkpoint):
         states = _random_slices(policy)
@@ -84,8 +89,9 @@ def _require_same_run(policy: Policy, checkpoint: Checkpoint) -> None:
     shape = differences(checkpoint.manifest["architecture"], asdict(policy.architecture))
     problems = [f"architecture.{text}" for text in shape]
     allowed = (*MAY_DIFFER, *policy.settings.checkpoint.allow_changes)
-    saved, now = checkpoint.manifest["settings"], policy.settings.model_dump(mode="json")
-    for name in MUST_MATCH:
+    weights_only = checkpoint.manifest.get("weights_only", False)  # and so of no run
+    saved, now = checkpoint.manifest.get("settings", {}), policy.settings.model_dump(mode="json")
+    for name in () if weights_only else MUST_MATCH:
         section, _, field = name.partition(".")
         for text in differences(saved[section], now[section]):
             full = f"{section}.{text.split(':')[0]}"

@@ -17,6 +17,7 @@ from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.sft import SupervisedLoss
 from megatron_rl.policy.checkpoint import CheckpointWriter
+from megatron_rl.policy.hf_export import HfExporter
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.state import load_policy, save_policy
@@ -78,7 +79,8 @@ def main(settings: Settings, *, resume: bool = False) -> None:
 
 def _train(policy: Policy, settings: Settings, writer: CheckpointWriter, console: Console) -> None:
     metrics_path = settings.run.directory / "metrics.jsonl"
-    every = settings.checkpoint.every
+    every, export_every = settings.checkpoint.every, settings.checkpoint.export_every
+    exporter = HfExporter(policy, settings.checkpoint.export_dtype) if export_every else None
     columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=settings.run.steps, completed=policy.steps, loss=float("nan"))
@@ -90,6 +92,9 @@ def _train(policy: Policy, settings: Settings, writer: CheckpointWriter, console
             writer.poll()
             if every and report.applied and policy.steps % every == 0:
                 save_policy(writer, policy, asynchronous=settings.checkpoint.asynchronous)
+            last_step = step + 1 == settings.run.steps
+            if exporter and report.applied and (policy.steps % export_every == 0 or last_step):
+                exporter.save(step_folder(settings.run.directory / "exports", policy.steps))
     writer.finish()
     last = latest_checkpoint(writer.root)
     if policy.layout.from_main(last is None or last.name != step_folder(writer.root, policy.steps).name):

@@ -203,6 +203,10 @@ class CheckpointFiles:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files.values())
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -236,12 +240,15 @@ class CheckpointFiles:
         held, numbers = sum(math.prod(source.shared[1]) for source in sources), math.prod(box[1])
         return sources if held == numbers else f"it holds {held} of the {numbers} numbers wanted of {name}"
 
-    def read(self, sources: Iterable[Source], box: Box, target: Tensor) -> None:
+    def read(self, source: Source) -> Tensor:
+        """What is wanted of a saved box."""
+        inner = tuple(low - begin for low, begin in zip(source.shared[0], source.box[0], strict=True))
+        return self._open(source.file).read(source.key, (inner, source.shared[1]))
+
+    def fill_box(self, sources: Iterable[Source], box: Box, target: Tensor) -> None:
         """Fill a tensor, which is `box` of a global one, from the saved boxes that cover it."""
         for source in sources:
-            inner = tuple(low - begin for low, begin in zip(source.shared[0], source.box[0], strict=True))
-            saved = self._open(source.file).read(source.key, (inner, source.shared[1]))
-            target[within(source.shared, box)].copy_(saved)
+            target[within(source.shared, box)].copy_(self.read(source))
 
     def _open(self, number: int) -> TensorFile:
         if number not in self._files:

@@ -95,6 +95,10 @@ class Plan:
             else list(self._rank_files())
         )
 
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
     def check(self) -> None:
         """Everything that can be known before work."""
         self.source.check()

@@ -27,7 +27,7 @@ from megatron_rl.weights.safetensors_io import Planned, TensorFileWriter
 Format = Literal["float32", "bfloat16", "fp8"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 SHARD_SIZE = 5 * 10**9  # bytes: huggingface_hub's default
-STRIP = 1 << 22  # numbers that are encoded at once
+STRIP = 1 << 21  # numbers that are encoded at once
 METADATA = {"format": "pt"}  # transformers reads no file without it
 # Files that do not travel: weights of any kind, what belongs to them, and hidden files.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)|.*\.index\.json|manifest\.json|\..*")

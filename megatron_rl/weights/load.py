@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import CheckpointError
-from megatron_rl.weights.boxes import Slice, within
+from megatron_rl.weights.boxes import Slice, finite, within
 from megatron_rl.weights.hf_files import HfFolder
 from megatron_rl.weights.map import WeightMap
 
@@ -39,6 +39,6 @@ def _fill(target: Slice, source: HfFolder, weight_map: WeightMap) -> None:
         tensor.zero_()  # padding: what is not filled below
     for piece in weight_map.pieces(target.name, _box(target)):
         values = source.values(piece.hf, piece.hf_box)
-        if not values.isfinite().all():
+        if not finite(values):
             raise CheckpointError(f"{source.folder}: {piece.hf} holds numbers that are not finite. The checkpoint is damaged.")
         tensor[within(piece.box, _box(target))].copy_(values.view(piece.box[1]))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from megatron_rl.config.errors import CheckpointError, UserError
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -29,48 +31,55 @@ def deal(items: Sequence[int], costs: Sequence[int], shares: int) -> list[list[i
 
 
 def run_shares(work: Work, shares: Sequence[tuple[Any, ...]], moved: Moved) -> None:
-    """Do every share's work, each in a process of its own if there are several; `moved` hears of all progress.
+    """Do every share's work: the first here, each other one in a process of its own; `moved` hears of all progress.
 
     What a user can mend is raised here as it was raised there; the other processes are then ended.
     """
-    if len(shares) <= 1:
-        for arguments in shares:
-            work(*arguments, moved)
+    if not shares:
         return
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # strips are small: threads of one process would wait for each other more than they work
     try:
-        for arguments in shares:
+        for arguments in shares[1:]:
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_child, args=(theirs, os.getpid(), work, arguments), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        _listen(pipes, moved)
+        working = list(pipes)
+
+        def moved_here(count: int) -> None:
+            moved(count)
+            _listen(working, moved, timeout=0)
+
+        work(*shares[0], moved_here)
+        while working:
+            _listen(working, moved, timeout=None)
     finally:
+        torch.set_num_threads(threads)
         for process, pipe in zip(processes, pipes, strict=True):
             process.kill()
             process.join()
             pipe.close()
 
 
-def _listen(pipes: Sequence[Connection], moved: Moved) -> None:
-    """Until every process has said that it is done."""
-    working = list(pipes)
-    while working:
-        for pipe in wait(working):
-            assert isinstance(pipe, Connection)
-            try:
-                heard = pipe.recv()
-            except EOFError as error:
-                raise InterruptedError("a process of the conversion died") from error
-            if isinstance(heard, int):
-                moved(heard)
-            elif heard is None:
-                working.remove(pipe)
-            else:
-                raise heard
+def _listen(working: list[Connection], moved: Moved, timeout: float | None) -> None:
+    """Hear what processes have to say; those that are done leave the list."""
+    for pipe in wait(working, timeout):
+        assert isinstance(pipe, Connection)
+        try:
+            heard = pipe.recv()
+        except EOFError as error:
+            raise InterruptedError("a process of the conversion died") from error
+        if isinstance(heard, int):
+            moved(heard)
+        elif heard is None:
+            working.remove(pipe)
+        else:
+            raise heard
 
 
 def _child(pipe: Connection, parent: int, work: Work, arguments: tuple[Any, ...]) -> None:
@@ -78,8 +87,6 @@ def _child(pipe: Connection, parent: int, work: Work, arguments: tuple[Any, ...]
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter hears it too, and ends its processes
-    import torch
-
     torch.set_num_threads(1)
     try:
         work(*arguments, pipe.send)

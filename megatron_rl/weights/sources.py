@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.config.families import read_architecture
-from megatron_rl.weights.boxes import Box, within
+from megatron_rl.weights.boxes import Box, finite, within
 from megatron_rl.weights.checkpoint_files import MANIFEST, CheckpointFiles, differences
 from megatron_rl.weights.fp8 import audit, served_tensors
 from megatron_rl.weights.hf_files import FLOATS, HfFolder, read_json
@@ -62,6 +62,8 @@ class Source(ABC):
             inside = part.inside(box)
             if inside is not None:
                 numbers = self.megatron(inside.megatron, inside.box)
+                if inside.hf_box == box:
+                    return numbers.view(box[1])
                 values = torch.empty(box[1], dtype=numbers.dtype) if values is None else values
                 values[within(inside.hf_box, box)].copy_(numbers.view(inside.hf_box[1]))
         assert values is not None
@@ -76,7 +78,7 @@ class Source(ABC):
         return travelling_files(self.description) if self.description.is_dir() else []
 
     def _finite(self, name: str, values: Tensor) -> Tensor:
-        if values.numel() and not all(bound.isfinite() for bound in torch.aminmax(values)):  # NaN spreads to both
+        if not finite(values):
             raise CheckpointError(f"{self.folder}: {name} holds numbers that are not finite. The checkpoint is damaged.")
         return values
 
@@ -160,8 +162,10 @@ class MegatronSource(Source):
         sources = self.files.sources(name, self.weight_map.rules[name].shape, None, box)
         if isinstance(sources, str):
             raise CheckpointError(f"checkpoint {self.folder}: {sources}")
+        if len(sources) == 1:
+            return self._finite(name, self.files.read(sources[0]))
         values = torch.empty(box[1], dtype=self.files.dtype(name))
-        self.files.read(sources, box, values)
+        self.files.fill_box(sources, box, values)
         return self._finite(name, values)
 
     def formats(self) -> set[torch.dtype]:

@@ -17,6 +17,12 @@ SIMULATED = "precision.fp8=simulated"
 
 # id: (model, ranks, overrides, words of the message, words of the fix)
 WRONG: dict[str, tuple[str, int, str, str, str]] = {
+    # first weights
+    "first weights from a folder without any": (
+        "dense", 1, "policy.init=configs",
+        "configs: there is neither model.safetensors.index.json nor model.safetensors nor manifest.json in it",
+        "or policy.init=random",
+    ),
     # layout
     "declared ranks": (
         "dense", 4, "layout.world_size=8",

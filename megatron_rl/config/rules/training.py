@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron_rl.config.layout_map import chunk_sizes
 from megatron_rl.config.rules.case import Case, Rule, either, problem
 
-# A Hugging Face checkpoint has one of these.
-CHECKPOINT_FILES = ("model.safetensors.index.json", "model.safetensors")
+# A Hugging Face checkpoint has one of the first two, one of this program's the last.
+CHECKPOINT_FILES = ("model.safetensors.index.json", "model.safetensors", "manifest.json")
 
 
 def first_weights_are_there(case: Case) -> Iterator[str]:
@@ -16,7 +16,7 @@ def first_weights_are_there(case: Case) -> Iterator[str]:
         yield problem(
             f"policy.init = {init}",
             f"there is neither {' nor '.join(CHECKPOINT_FILES)} in it",
-            "Name the folder of a Hugging Face checkpoint in safetensors files, or policy.init=random",
+            "Name the folder of a Hugging Face checkpoint in safetensors files or of one of a run, or policy.init=random",
         )
 
 
