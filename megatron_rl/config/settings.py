@@ -195,7 +195,10 @@ class CheckpointSettings(Section):
 
 
 class PublishSettings(Section):
-    """How new weights reach the servers, and how it is proven that they did. See docs/publish.md."""
+    """How new weights reach the servers, and how it is proven that they did. See docs/publish.md.
+
+    What becomes of requests meanwhile is `servers.update`, how long a server may take `servers.update_seconds`.
+    """
 
     transport: Literal["auto", "disk", "broadcast", "tensor"] = Field(
         "auto",
@@ -206,11 +209,6 @@ class PublishSettings(Section):
         512 * 2**20,
         description="Bytes of weights that travel at once. A rank holds up to three buckets beyond its weights, a server one.",
     )
-    pause: Literal["abort", "retract", "in_place"] = Field(
-        "retract",
-        description="What becomes of requests meanwhile: ended with what they have, put back to compute their keys and values "
-        "anew, or frozen with the old ones.",
-    )
     folder: Path | None = Field(
         None, description="For disk: a folder that all ranks and servers see. Default: a memory file system, on one machine."
     )
@@ -220,8 +218,8 @@ class PublishSettings(Section):
     senders: PositiveInt | None = Field(
         None, description="Ranks that broadcast, each to its share of the servers; default: one on each machine of the ranks."
     )
-    seconds: PositiveFloat = Field(
-        600.0, description="How long a server may take for one bucket, or for a folder, before it is given up."
+    keep_files: bool = Field(
+        False, description="disk: keep the files until the next publish, so that servers that come late can load them at once."
     )
     probe: bool = Field(True, description="After each publish, compare every server's log-probs with the policy's.")
     probe_sequences: PositiveInt = Field(4, description="Sequences of random tokens that are compared, the same in every run.")

@@ -1,19 +1,26 @@
-"""A policy's weights on their way to servers: what ties the policy, the publisher and the client together."""
+"""A policy's weights on their way to servers: what ties the policy, the publisher and the servers' pool together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
+from megatron_rl.rollout.health import Healthy, Outdated, Suspect
+from megatron_rl.rollout.pool import Pool
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.hf_files import read_json
 from megatron_rl.weights.map import WeightMap
+from megatron_rl.weights.publish.crew import Tell
 from megatron_rl.weights.publish.live import LiveWeights
-from megatron_rl.weights.publish.ports import Connect
+from megatron_rl.weights.publish.ports import Connect, Held, Target
 from megatron_rl.weights.publish.probe import Scores
 from megatron_rl.weights.publish.publisher import Publisher
+from megatron_rl.weights.publish.report import Report
+from megatron_rl.weights.publish.wire import fp8_quantizer
 
 
 def open_publisher(policy: Policy, connect: Connect, served: Path | None = None) -> Publisher:
@@ -37,8 +44,37 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
         policy.model.config.params_dtype,
         layout.device.torch_device,
     )
-    machines = -(-layout.world_size // layout.launch.local_world_size)
-    return Publisher(weights, settings.publish, connect, layout, lambda sequences: score(policy, sequences), machines=machines)
+    quantization = read_json(served / "config.json").get("quantization_config") if served is not None else None
+    return Publisher(
+        weights,
+        settings.publish,
+        connect,
+        layout,
+        lambda sequences: score(policy, sequences),
+        pause=settings.servers.update,
+        seconds=settings.servers.update_seconds,
+        machines=-(-layout.world_size // layout.launch.local_world_size),
+        quantizer=fp8_quantizer(weight_map, quantization),
+    )
+
+
+async def publish_to_pool(publisher: Publisher, version: int, pool: Pool | None, tell: Tell | None = None) -> Report:
+    """Bring all servers of a pool to this version; the pool pauses them, takes failures, and lets the others go on.
+
+    Every rank calls it, the main one with the pool.
+    """
+    if pool is None:
+        return await publisher.publish(version, [], tell)
+    fleet = pool.fleet
+
+    @asynccontextmanager
+    async def halt() -> AsyncIterator[Held]:
+        async with fleet.paused(version, publisher.kept(version)) as update:
+            clients = {client.url: client for client in update.clients}
+            yield Held(tuple(clients), lambda url, reason: update.drop(clients[url], reason))
+
+    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
+    return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
 
 
 def score(policy: Policy, sequences: Sequence[Sequence[int]]) -> Scores:

@@ -76,6 +76,17 @@ class Server(Protocol):
 Connect = Callable[[str], AbstractAsyncContextManager[Server]]  # by URL; a client's own constructor will do
 
 
+@dataclass(frozen=True)
+class Held:
+    """Servers that somebody else has paused, and lets go on afterwards; those that failed are named to him with a reason."""
+
+    urls: tuple[str, ...]
+    drop: Callable[[str, str], None]
+
+
+Halt = Callable[[], AbstractAsyncContextManager[Held]]
+
+
 class Ranks(Protocol):
     """The processes that publish together. All call alike, in the same order."""
 

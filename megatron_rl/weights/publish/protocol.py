@@ -18,7 +18,7 @@ from megatron_rl.weights.publish.report import Outcome, Result
 UNFINISHED = -1
 LAST_WORDS = 10.0  # seconds that a failed server gets to be quarantined in; one that is dead needs none
 
-State = Literal["running", "pausing", "paused", "changing", "whole", "updated", "proving", "quarantined", "lost"]
+State = Literal["running", "pausing", "paused", "changing", "whole", "updated", "proving", "quarantined", "lost", "dropped"]
 
 
 class Delivery:
@@ -31,6 +31,7 @@ class Delivery:
         self.seconds = seconds
         self.state: State = "running"
         self.failure: str | None = None
+        self.held = False  # paused by somebody else, who also lets it go on
         self._paused_at = 0.0
         self._paused_for = 0.0
 
@@ -49,6 +50,15 @@ class Delivery:
             if await self.attempt(lambda: self.server.pause(self.mode)):
                 self.state = "paused"
 
+    def hold(self, paused: bool) -> None:
+        """Somebody else has paused it, or could not."""
+        self.held = True
+        self._paused_at = time.monotonic()
+        if self.well and paused:
+            self.state = "paused"
+        else:
+            self.failure = self.failure or "it could not be paused"
+
     async def change(self, step: Callable[[], Awaitable[object]]) -> bool:
         """A step that changes weights: from its beginning to `complete` they are neither the old nor the new ones."""
         if self.well:
@@ -66,7 +76,7 @@ class Delivery:
         """
         if self.well and await self.attempt(lambda: self._name(version)):
             self.state = "whole"
-            if await self.attempt(self.server.resume):
+            if self.held or await self.attempt(self.server.resume):
                 self.state = "updated"
                 self._paused_for += time.monotonic() - self._paused_at
 
@@ -87,12 +97,20 @@ class Delivery:
 
     def outcome(self, difference: float | None) -> Outcome:
         """What to report, after `settle`."""
-        results: dict[State, Result] = {"updated": "updated", "quarantined": "quarantined", "lost": "lost"}
+        results: dict[State, Result] = {
+            "updated": "updated",
+            "quarantined": "quarantined",
+            "lost": "lost",
+            "dropped": "dropped",
+        }
         return Outcome(self.url, results.get(self.state, "unchanged"), self.failure, self._paused_for, difference)
 
     async def settle(self) -> None:
         """The way out, whatever happened: a server with its old weights continues, one with half of the new is put aside."""
-        if self.state in ("pausing", "paused"):
+        if self.held:
+            if self.state in ("changing", "whole", "proving"):
+                self.state = "dropped"
+        elif self.state in ("pausing", "paused"):
             self.state = "running" if await self._in_time(self.server.resume) else "lost"
         elif self.state in ("changing", "whole", "proving"):
             self.failure = self.failure or "the update was given up half-way"
@@ -104,14 +122,14 @@ class Delivery:
             async with asyncio.timeout(self.seconds):
                 await step()
         except TimeoutError as error:
-            self.failure = f"no answer within {self.seconds:g} s (publish.seconds) {error}".strip()
+            self.failure = f"no answer within {self.seconds:g} s (servers.update_seconds) {error}".strip()
         except Exception as error:  # whatever it was, this server's weights are not to be trusted, and the others go on
             self.failure = f"{error}" if str(error) else repr(error)
         return self.failure is None
 
     async def _name(self, version: int) -> None:
         await self.server.set_version(version)
-        if self.mode == "abort":
+        if self.mode == "abort" and not self.held:
             await self.server.flush_cache()
 
     async def _quarantine(self) -> None:

@@ -12,7 +12,7 @@ and then scores otherwise than the policy ends the run: `WrongWeights`, with the
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,14 +23,16 @@ import torch
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.settings import PublishSettings
+from megatron_rl.weights.publish.crew import Crew, Tell
 from megatron_rl.weights.publish.errors import WrongWeights
 from megatron_rl.weights.publish.files import choose_folder, is_here, make_folder
+from megatron_rl.weights.publish.gate import Gate, HeldGate, OwnGate
 from megatron_rl.weights.publish.plan import Plan, families, plan_files, plan_stream, senders, units
-from megatron_rl.weights.publish.ports import Alone, Connect, Ranks, Server, Target, Weights
+from megatron_rl.weights.publish.ports import Alone, Connect, Halt, PauseMode, Ranks, Server, Target, Weights
 from megatron_rl.weights.publish.probe import TOLERANCE, Scores, difference, odd_one_out, probe_sequences, server_scores
-from megatron_rl.weights.publish.protocol import Delivery
+from megatron_rl.weights.publish.protocol import UNFINISHED, Delivery
 from megatron_rl.weights.publish.report import Outcome, Report, Way
-from megatron_rl.weights.publish.stream import Crew, Tell, send_files, send_stream
+from megatron_rl.weights.publish.stream import send_files, send_stream
 from megatron_rl.weights.publish.transports import Broadcast, ByValue, Handles, Transport
 from megatron_rl.weights.publish.wire import Quantizer, Wire
 
@@ -73,6 +75,8 @@ class Publisher:
         ranks: Ranks | None = None,
         score: Score | None = None,
         *,
+        pause: PauseMode = "abort",
+        seconds: float = 3600.0,
         machines: int = 1,
         quantizer: Quantizer | None = None,
     ) -> None:
@@ -81,31 +85,44 @@ class Publisher:
         self.connect = connect
         self.ranks: Ranks = ranks or Alone()
         self.score = score if settings.probe else None
+        self.pause = pause  # what becomes of requests meanwhile
+        self.seconds = seconds  # that a server may take for a bucket, or a folder
         self.machines = machines  # that the ranks are spread over
         dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
         self.wire = Wire(weights.weight_map, dtype, quantizer)
         self.version: int | None = None  # of the last publish
+        self._kept: Path | None = None  # the files of that version, where they are kept
         self._given: dict[str, int] = {}  # server -> the version that it got from us
         self._units = units(weights.weight_map, weights.dtype)
         vocabulary = weights.weight_map.architecture.vocab
         self._sequences = probe_sequences(vocabulary, settings.probe_sequences, settings.probe_tokens)
 
-    async def publish(self, version: int, targets: Sequence[Target], tell: Tell | None = None) -> Report:
+    async def publish(
+        self, version: int, targets: Sequence[Target], tell: Tell | None = None, halt: Halt | None = None
+    ) -> Report:
         """Bring all servers to this version of the weights. The number rises whenever the weights have changed.
 
-        `tell` hears of each bucket that this rank has done with: how many, of how many.
+        `tell` hears of each bucket that this rank has done with: how many, of how many. `halt`, on the main rank, pauses the
+        servers and lets them go on in our stead; it is entered when the first bucket, or all files, are there.
         """
         if version < 0 or (self.version is not None and version < self.version):
             raise ValueError(f"version {version} cannot follow {self.version}: versions count upwards from 0")
         started = time.monotonic()
         crew = Crew(self.weights, self.wire, self.ranks, tell or (lambda done, total: None))
         async with Connections(self.connect) as servers:
-            return await self._publish(version, targets, crew, servers, started)
+            return await self._publish(version, targets, crew, servers, halt, started)
 
     async def _publish(
-        self, version: int, targets: Sequence[Target], crew: Crew, servers: "Connections", started: float
+        self,
+        version: int,
+        targets: Sequence[Target],
+        crew: Crew,
+        servers: "Connections",
+        halt: Halt | None,
+        started: float,
     ) -> Report:
         looks, here = await self._look(crew, targets, servers)
+        held = await crew.alone(self.ranks.from_main, halt is not None)
         due = [look for look in looks if look.failure is None and not self._has(look, version)]
         outcomes = {
             look.target.url: Outcome(look.target.url, "unreachable" if look.failure else "current", look.failure)
@@ -115,11 +132,34 @@ class Publisher:
         if due:
             way = choose_way(self.settings, self._cuda, here, [look.target for look in due])
             shipment = Shipment(version, way, due, self._owners(way, due), crew)
-            outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, servers, here)}
+            async with AsyncExitStack() as stack:
+                gate: Gate = OwnGate(version)
+                if held:
+                    current = {look.target.url for look in looks if look.failure is None and look not in due}
+                    gate = await stack.enter_async_context(HeldGate(version, crew, halt, current))
+                outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, servers, gate, here)}
         self.version = version
         self._given |= {url: version for url, outcome in outcomes.items() if outcome.result == "updated"}
         size = sum(unit.bytes for unit in self._units)
         return Report(version, way, size, time.monotonic() - started, tuple(outcomes.values()))
+
+    def kept(self, version: int) -> Callable[[Server], Awaitable[None]] | None:
+        """What brings one paused server to this version without any rank's help: the files, where they are kept."""
+        folder = self._kept
+        if folder is None:
+            return None
+
+        async def load(server: Server) -> None:
+            await server.update_from_disk(str(folder), UNFINISHED)
+            await server.set_version(version)
+
+        return load
+
+    def forget_files(self) -> None:
+        """Remove what was kept of the last publish."""
+        if self._kept is not None and self.ranks.rank == 0:
+            shutil.rmtree(self._kept, ignore_errors=True)
+        self._kept = None
 
     # -- before --------------------------------------------------------------------------------------------------------
 
@@ -150,14 +190,14 @@ class Publisher:
 
     # -- under way -----------------------------------------------------------------------------------------------------
 
-    async def _ship(self, shipment: Shipment, servers: "Connections", here: bool) -> list[Outcome]:
+    async def _ship(self, shipment: Shipment, servers: "Connections", gate: Gate, here: bool) -> list[Outcome]:
         expected = self.score(self._sequences) if self.score is not None else None
         for look, owner in zip(shipment.due, shipment.owners, strict=True):
             if owner == self.ranks.rank:
                 server = await servers.to(look.target.url)
-                shipment.mine.append(Delivery(server, look.tensor_parallel, self.settings.pause, self.settings.seconds))
+                shipment.mine.append(Delivery(server, look.tensor_parallel, self.pause, self.seconds))
         try:
-            await self._send(shipment, here)
+            await self._send(shipment, gate, here)
             if expected is not None:
                 await self._prove(shipment, expected)
         finally:
@@ -165,21 +205,24 @@ class Publisher:
         mine = [delivery.outcome(shipment.differences.get(delivery.url)) for delivery in shipment.mine]
         return [outcome for each in await shipment.crew.alone(self.ranks.everyone_has, mine) for outcome in each]
 
-    async def _send(self, shipment: Shipment, here: bool) -> None:
+    async def _send(self, shipment: Shipment, gate: Gate, here: bool) -> None:
         if shipment.way == "disk":
             plan = self._file_plan
             folder = await self._folder(shipment, plan, here)
             try:
-                await send_files(shipment.crew, plan, folder, shipment.mine, shipment.version)
+                if self.settings.keep_files:
+                    self.forget_files()
+                    self._kept = folder
+                await send_files(shipment.crew, plan, folder, shipment.mine, gate)
             finally:
-                if self.ranks.rank == 0:  # which alone has told servers to load
+                if self._kept != folder and self.ranks.rank == 0:  # which alone has told servers to load
                     shutil.rmtree(folder, ignore_errors=True)
             return
         receivers = set(shipment.owners)
         if shipment.way == "tensor" and self._cuda:
             receivers = {rank for look in shipment.due for rank in look.target.colocated}
         plan = plan_stream(self._units, self.settings.bucket_bytes, receivers)
-        await send_stream(shipment.crew, plan, self._transport(shipment), shipment.mine, shipment.version)
+        await send_stream(shipment.crew, plan, self._transport(shipment), shipment.mine, gate)
 
     @cached_property
     def _file_plan(self) -> Plan:
@@ -203,7 +246,7 @@ class Publisher:
 
     def _transport(self, shipment: Shipment) -> Transport:
         if shipment.way == "broadcast":
-            return Broadcast(self.weights.device, self.settings.seconds)
+            return Broadcast(self.weights.device, self.seconds)
         if self._cuda:
             return Handles({look.target.url: look.target.colocated for look in shipment.due})
         return ByValue()
@@ -265,11 +308,12 @@ class Publisher:
             scores.append(await server_scores(delivery.server, self._sequences))
 
         for delivery in mine:
+            delivery.held = False  # the run ends here: nobody else counts on this server
             await delivery.prove(partial(score, delivery))
         for kind, names in families(self.weights.weight_map).items():
             plan = plan_stream(units(self.weights.weight_map, self.weights.dtype, names), self.settings.bucket_bytes, [owner])
-            transport = Broadcast(self.weights.device, self.settings.seconds) if self._cuda else ByValue()
-            await send_stream(crew, plan, transport, mine, shipment.version)
+            transport = Broadcast(self.weights.device, self.seconds) if self._cuda else ByValue()
+            await send_stream(crew, plan, transport, mine, OwnGate(shipment.version))
             for delivery in mine:
                 await delivery.prove(partial(score, delivery))
             changed = any(difference(scores[0], later) > NOTICEABLE * found for later in scores[1:])

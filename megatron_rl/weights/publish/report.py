@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Way = Literal["disk", "broadcast", "tensor"]
-Result = Literal["updated", "current", "unreachable", "unchanged", "quarantined", "lost"]
+Result = Literal["updated", "current", "unreachable", "unchanged", "quarantined", "lost", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Outcome:
 
     updated: it has the version and generates. current: it had it already. unreachable: it did not answer before. unchanged: it
     failed before its weights were touched, and generates with the old ones. quarantined: it failed later, has no requests and
-    is paused. lost: it failed and answers no more.
+    is paused. lost: it failed and answers no more. dropped: it failed while somebody else held it, who was told.
     """
 
     url: str
