@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, moe, precision, servers, training
+from megatron_rl.config.rules import batch, moe, precision, publish, servers, training
 from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     *precision.RULES,
     *training.RULES,
     *servers.RULES,
+    *publish.RULES,
 )
 
 

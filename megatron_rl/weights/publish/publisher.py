@@ -140,8 +140,12 @@ class Publisher:
                 outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, servers, gate, here)}
         self.version = version
         self._given |= {url: version for url, outcome in outcomes.items() if outcome.result == "updated"}
-        size = sum(unit.bytes for unit in self._units)
-        return Report(version, way, size, time.monotonic() - started, tuple(outcomes.values()))
+        return Report(version, way, self.bytes, time.monotonic() - started, tuple(outcomes.values()))
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights as the policy holds them."""
+        return sum(unit.bytes for unit in self._units)
 
     def kept(self, version: int) -> Callable[[Server], Awaitable[None]] | None:
         """What brings one paused server to this version without any rank's help: the files, where they are kept."""
@@ -218,6 +222,7 @@ class Publisher:
                 if self._kept != folder and self.ranks.rank == 0:  # which alone has told servers to load
                     shutil.rmtree(folder, ignore_errors=True)
             return
+        self.forget_files()  # which are of older weights
         receivers = set(shipment.owners)
         if shipment.way == "tensor" and self._cuda:
             receivers = {rank for look in shipment.due for rank in look.target.colocated}
