@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.objectives.base import Divisors, GroupTable, TokenBatch
-from megatron_rl.objectives.catalogue import Entry, catalogue, written
+from megatron_rl.objectives.catalogue import ARXIV, Entry, catalogue, written
 from megatron_rl.objectives.compose import Surrogate
 from megatron_rl.objectives.registry import SURROGATES
 
@@ -91,6 +91,23 @@ def _prepared(surrogate: Surrogate, batch: TokenBatch) -> TokenBatch:
     return replace(batch, scalars={**batch.scalars, **surrogate.prepare(table)})
 
 
+def compares_with(name: str) -> bool:
+    """Is the ratio that moves the one to the reference, and not to `old`?"""
+    return bool(SURROGATES[name]().needs_reference)
+
+
+def curves(name: str) -> list[tuple[float, str, str, str]]:
+    """What is drawn: advantage, label, colour, dashes. One curve where there is no advantage to tell two apart."""
+    surrogate: Surrogate = SURROGATES[name]()
+    if surrogate.reads_groups:
+        labels = ("the better of a pair", "the worse of a pair")
+    elif surrogate.needs_scalars:
+        labels = ("A = +1", "A = −1")
+    else:
+        return [(1.0, "any response", BLUE, "-")]
+    return [(1.0, labels[0], BLUE, "-"), (-1.0, labels[1], RED, "--")]
+
+
 def draw(name: str, path: Path) -> None:
     """Value and gradient side by side, for both signs of the advantage."""
     import matplotlib
@@ -101,27 +118,28 @@ def draw(name: str, path: Path) -> None:
     style: Any = {
         "svg.hashsalt": "objectives",
         "svg.fonttype": "none",
-        "font.size": 9,
+        "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
     x = ratios(name)
     narrow = x[0] > 0.9
     shown = (x - 1) * 1e4 if narrow else x
-    groups = SURROGATES[name]().reads_groups
-    labels = ("better of a pair", "worse of a pair") if groups else ("A = +1", "A = −1")
     with pyplot.rc_context(style):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 2.5), layout="constrained")
-        for advantage, label, colour, dashes in ((1.0, labels[0], BLUE, "-"), (-1.0, labels[1], RED, "--")):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.0, 3.1), layout="constrained")
+        for advantage, label, colour, dashes in curves(name):
             of = curve(name, advantage)
-            left.plot(shown, of.value - of.value[(x - 1).abs().argmin()], dashes, color=colour, label=label, linewidth=1.6)
-            right.plot(shown, of.gradient, dashes, color=colour, label=label, linewidth=1.6)
-        for axes, title in ((left, "value: J(ratio) − J(1)"), (right, "gradient: ∂J / ∂ log π")):
-            axes.set_title(title, fontsize=9)
-            axes.axvline(0.0 if narrow else 1.0, color="#999999", linewidth=0.7)
-            axes.axhline(0.0, color="#999999", linewidth=0.7)
-            axes.set_xlabel("(ratio − 1) · 10⁴" if narrow else "ratio new / old")
-        left.legend(frameon=False)
+            moved = (of.value - of.value[(x - 1).abs().argmin()]) * (1e4 if narrow else 1)
+            left.plot(shown, moved, dashes, color=colour, label=label, linewidth=1.8)
+            right.plot(shown, of.gradient, dashes, color=colour, linewidth=1.8)
+        left.set_title("value: (J − J(1)) · 10⁴" if narrow else "value: J − J(1)", fontsize=11)
+        right.set_title("gradient: ∂J / ∂ log π", fontsize=11)
+        for axes in (left, right):
+            axes.axvline(0.0 if narrow else 1.0, color="#999999", linewidth=0.7, zorder=0)
+            axes.axhline(0.0, color="#999999", linewidth=0.7, zorder=0)
+            axes.set_xlabel("(ratio − 1) · 10⁴" if narrow else f"ratio new / {'reference' if compares_with(name) else 'old'}")
+            axes.margins(y=0.08)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, title=name, title_fontsize=12)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
         pyplot.close(figure)
 
@@ -166,7 +184,34 @@ Ratios, log-probabilities and the loss are float32 whatever the model computes i
 PICTURE_NOTE = """\
 The pictures show J of a response with a single token, and its gradient by the token's log-probability, with default options;
 the value's constant is taken off. `trpa`, `rebel` and `agro` compare responses: there two of them have the rewards 1 and 0, and
-one moves while the other stays.
+one moves while the other stays. In `cispo` and `gtpo` the ratio is held still, so that the gradient is not the slope of the
+value: look at their gradients alone. A response of one token has one ratio, so `dhpo` shows the bounds of both its branches,
+the narrow one as a step at 1.
+"""
+
+GROUPS = """\
+## What looks at a whole group
+
+The samples of a group may lie in different micro-batches and on different data-parallel ranks. Nothing with an entry a token
+crosses ranks for their sake:
+
+| part | what it needs of the group | how it gets there |
+| --- | --- | --- |
+| advantages | rewards (`opo`: lengths too) | computed from whole groups before sharding, one number a response |
+| `gtpo`, `gtpo_conflict` | token ids, signs of advantages | before sharding (`gtpo.conflict_columns`), the column `conflict` |
+| `gtpo`, `gtpo_entropy` | entropy before training, by the paper's rule | before training, the scalar `initial_entropy` |
+| `trpa` | mean log-ratio to the reference of each response | two passes, one number a response exchanged |
+| `rebel` | summed log-ratio to `old` | two passes, one number a response exchanged |
+| `agro` | summed log-ratio to the reference | two passes, one number a response exchanged |
+| `egsw` | mean entropy, advantage | two passes, one number a response exchanged |
+
+**Two passes**: `policy.group_pass.prepare_groups` scores the packs of an optimizer step with the weights of that moment,
+gathers the numbers and deals out what each response has to know; then comes `Policy.update` with the packs it returned.
+
+**What the caller must guarantee**, because no rank could see it: an optimizer step (minibatch) holds whole groups, over all its
+micro-batches and ranks. A group cut in two is taken for two groups, and what is computed is another loss. `prepare_groups` is
+called anew before each update. Responses of one prompt carry the same `Sequence.group`, and no others do. Advantages and the
+column `conflict` are made of whole groups as well; once they are made, the other surrogates do not mind how a step is cut.
 """
 
 OWN = """\
@@ -199,20 +244,20 @@ def text() -> str:
         if kind == "surrogate":
             parts.append(PICTURE_NOTE)
         parts += [_section(entry) for entry in entries]
+    parts.append(GROUPS)
     example = EXAMPLE.relative_to(DOCS).as_posix()
     parts.append(OWN.format(path=example, code=EXAMPLE.read_text(encoding="utf-8")))
     return "\n".join(parts)
 
 
 def _overview(entries: Iterable[Entry]) -> str:
-    rows = [f"| [`{e.name}`](#{e.kind}-{e.name}) | {_cell(e.title)} | {_papers(e)} |" for e in entries]
+    rows = [f"| [`{e.name}`](#{e.kind}-{e.name}) | {_cell(e.title)} | {_source(e)} |" for e in entries]
     return "\n".join(["| name | what it is | source |", "| --- | --- | --- |", *rows]) + "\n"
 
 
 def _section(entry: Entry) -> str:
     lines = [f"### {entry.kind} {entry.name}", "", entry.text, "", "```text", entry.formula, "```", ""]
-    if entry.papers:
-        lines += [f"Source: {_papers(entry)}", ""]
+    lines += [f"Source: {_source(entry)}", ""]
     if entry.options:
         lines += ["| option | allowed | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [f"| `{o.name}` | {_cell(o.type_name)} | {written(o.default)} | {_cell(o.text)} |" for o in entry.options]
@@ -222,8 +267,8 @@ def _section(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def _papers(entry: Entry) -> str:
-    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in entry.papers)
+def _source(entry: Entry) -> str:
+    return ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", entry.source)
 
 
 def _cell(words: str) -> str:

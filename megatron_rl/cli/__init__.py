@@ -2,7 +2,7 @@
 
 import typer
 
-from megatron_rl.cli import look
+from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.train import train
@@ -21,6 +21,8 @@ app.command(no_args_is_help=True)(publish)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(look.version)
+app.add_typer(data.app, name="data")
+app.add_typer(bank.app, name="bank")
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ PACKAGES = (
     "pydantic",
 )
 
+SOURCE_WIDTH = 20  # columns, enough for an arXiv number
+
 
 def list_settings() -> None:
     """List every setting: its name, what it may be, its default and its meaning."""
@@ -80,10 +82,12 @@ def version() -> None:
 def _table_of_objectives(kind: str, entries: Iterable["Entry"]) -> Table:
     from megatron_rl.objectives.catalogue import written
 
-    table = Table(kind, "formula", "source", "options", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(kind, "formula", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source", max_width=SOURCE_WIDTH)
+    table.add_column("options")
     for entry in entries:
         options = "\n".join(f"{option.name} = {written(option.default)}" for option in entry.options)
-        table.add_row(*map(Text, (entry.name, entry.formula, "\n".join(entry.papers), options)))
+        table.add_row(*map(Text, (entry.name, entry.formula, entry.source, options)))
     return table
 
 
@@ -93,7 +97,7 @@ def _objective_in_full(entry: "Entry") -> Group:
     options = Table("option", "allowed", "default", "meaning", box=box.SIMPLE_HEAD, pad_edge=False)
     for option in entry.options:
         options.add_row(*map(Text, (option.name, option.type_name, written(option.default), option.text)))
-    head = Text(f"{entry.kind} {entry.name}" + (f"   {entry.source}" if entry.papers else ""), style="bold")
+    head = Text(f"{entry.kind} {entry.name}" + (f"   {entry.source}" if entry.source else ""), style="bold")
     shown = (head, "", Text(entry.text), "", Text(entry.background), "")
     return Group(*shown, options if entry.options else Text("no options"), "")
 

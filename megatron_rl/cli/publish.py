@@ -11,7 +11,7 @@ from rich.table import Table
 
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import PublishSettings
+from megatron_rl.config.publish_settings import PublishSettings
 
 if TYPE_CHECKING:
     from megatron_rl.weights.publish.ports import Connect

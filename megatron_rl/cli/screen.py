@@ -1,7 +1,7 @@
 """What every command shows its user alike: the console, and errors that the user can mend."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -26,6 +26,13 @@ def told_to_the_user() -> Iterator[None]:
             for line in str(error).splitlines():
                 typer.echo(f"error: {line}", err=True)
         raise typer.Exit(WRONG_SETTINGS) from error
+
+
+def tell_warnings(warnings: Iterable[str]) -> None:
+    """What is allowed and unwise, said once and not by every rank; standard output stays what was asked for."""
+    if ranks.speaks():
+        for line in warnings:
+            typer.echo(f"warning: {line}", err=True)
 
 
 def make_console() -> Console:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.cli.screen import make_console, told_to_the_user
-from megatron_rl.config.checks import require_valid
+from megatron_rl.cli.screen import make_console, tell_warnings, told_to_the_user
+from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
-from megatron_rl.config.settings import Settings
+from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
 from megatron_rl.train import ranks as ranks_module
 from megatron_rl.train.upstream import quiet_upstream
@@ -60,11 +60,20 @@ def train(
         world_size = settings.layout.world_size or 1
         if world_size > 1 and not ranks_module.launched():
             _start_ranks(settings, world_size)
+        _require_objective(settings)
+        tell_warnings(warnings(settings, read_architecture(settings.policy.config), world_size))
         quiet_upstream()
-        from megatron_rl.train import objective, toy
+        from megatron_rl.train import toy
+
+        toy.main(settings, resume=resume)
+
+
+def _require_objective(settings: Settings) -> None:
+    """Raise a SettingsError for an objective that cannot be. The default can be: looking at it would only load torch."""
+    if settings.objective != ObjectiveSettings():
+        from megatron_rl.train import objective
 
         objective.build(settings.objective)
-        toy.main(settings, resume=resume)
 
 
 def _start_ranks(settings: Settings, world_size: int) -> None:
@@ -75,6 +84,7 @@ def _start_ranks(settings: Settings, world_size: int) -> None:
             "Launch the ranks with torchrun or SLURM, or look with --dry-run."
         )
     require_valid(settings, read_architecture(settings.policy.config), world_size)  # before torch is loaded so many times
+    _require_objective(settings)
     raise typer.Exit(ranks_module.start_local_ranks(world_size, sys.argv[1:]))
 
 
@@ -84,6 +94,8 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     architecture = read_architecture(settings.policy.config)
     world_size = settings.layout.world_size or smallest_world_size(settings.layout)
     require_valid(settings, architecture, world_size)
+    _require_objective(settings)
+    tell_warnings(warnings(settings, architecture, world_size))
     if settings.layout.world_size is None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")
     console.print()

@@ -1,13 +1,14 @@
 """Whether settings, model and number of ranks can work together; asked before anything is loaded.
 
-What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix.
+What Megatron-core would refuse deep inside a start-up on every rank is refused here, once, with a fix. What can run and is
+hardly ever wanted is warned about.
 """
 
 from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, moe, precision, publish, servers, training
+from megatron_rl.config.rules import batch, data, moe, precision, publish, sampling, servers, training
 from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
@@ -18,9 +19,12 @@ RULES: tuple[Rule, ...] = (
     *batch.RULES,
     *precision.RULES,
     *training.RULES,
+    *data.RULES,
+    *sampling.RULES,
     *servers.RULES,
     *publish.RULES,
 )
+WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
@@ -42,3 +46,9 @@ def require_valid(settings: Settings, architecture: Architecture, world_size: in
     problems = check(settings, architecture, world_size)
     if problems:
         raise SettingsError("\n".join(problems))
+
+
+def warnings(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
+    """What is allowed and unwise, one line each, as `check` words it."""
+    case = Case(settings, architecture, world_size)
+    return [line for rule in WARNINGS for line in rule(case)]

@@ -11,3 +11,11 @@ class SettingsError(UserError, ValueError):
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, read or used."""
+
+
+class DataError(UserError, ValueError):
+    """Prompts that cannot be read, or cannot be used as they are."""
+
+
+class BankError(UserError, RuntimeError):
+    """A bank of rollouts that cannot be opened, written or read."""

@@ -20,7 +20,15 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
 # Paths that are read: looked for beside the file that names them.
-INPUT_PATHS = ("policy.config", "policy.init", "servers.api_key_file", "servers.urls_file")
+INPUT_PATHS = (
+    "policy.config",
+    "policy.init",
+    "data.tokenizer",
+    "data.chat_template",
+    "servers.api_key_file",
+    "servers.urls_file",
+)
+INPUT_LISTS = ("data.sources", "data.validation_sources")  # entries with a member `path` that is one
 
 
 def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
@@ -119,7 +127,7 @@ def _nested(known: dict[str, Value]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         if name in known:
-            place[last] = _found_path(known[name]) if name in INPUT_PATHS else known[name].value
+            place[last] = _with_found_paths(name, known[name])
         elif not field.is_required():
             place[last] = field.default
     return nested
@@ -148,6 +156,20 @@ def _wrong_values(error: ValidationError, known: dict[str, Value]) -> Iterator[s
     for name in names:
         value, field = known[name], setting_fields()[name]
         yield f"{value.where}: {name} = {_text(value.value)}: expected {allowed_values(field)}."
+
+
+def _with_found_paths(name: str, value: Value) -> Any:
+    """The value of a setting, input paths in it found."""
+    if name in INPUT_PATHS:
+        return _found_path(value)
+    if name in INPUT_LISTS and isinstance(value.value, list):
+        return [
+            entry | {"path": _found_path(replace(value, value=entry["path"]))}
+            if isinstance(entry, dict) and "path" in entry
+            else entry
+            for entry in value.value
+        ]
+    return value.value
 
 
 def _found_path(value: Value) -> Any:

@@ -7,13 +7,10 @@ A run is described by one `Settings` tree. It is read by `config.load`, checked 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+from megatron_rl.config.publish_settings import PublishSettings
+from megatron_rl.config.section import Section
 
 
 class PolicySettings(Section):
@@ -174,6 +171,8 @@ class BatchSettings(Section):
 
     max_tokens: PositiveInt = Field(8192, description="Most tokens of one pack (micro-batch), padding included.")
     max_sequence: PositiveInt | None = Field(None, description="Longest sequence accepted; default: max_tokens.")
+    minibatches: PositiveInt = Field(1, description="Optimizer steps that a training step's groups are split into.")
+    epochs: PositiveInt = Field(1, description="How often a training step goes through its minibatches.")
 
 
 class CheckpointSettings(Section):
@@ -194,41 +193,74 @@ class CheckpointSettings(Section):
     )
 
 
-class PublishSettings(Section):
-    """How new weights reach the servers, and how it is proven that they did. See docs/publish.md.
+class SourceSettings(Section):
+    """Where prompts come from, and which columns make one."""
 
-    What becomes of requests meanwhile is `servers.update`, how long a server may take `servers.update_seconds`.
-    """
+    path: str = Field(
+        description="A file or pattern (.jsonl, .json, .parquet, .csv, .tsv), a folder that datasets wrote, a hub name, "
+        "my_package.my_module:rows, or a built-in task: task:arithmetic, task:sorting, task:countdown."
+    )
+    name: str | None = Field(None, description="What its prompts are called by; default: from the path.")
+    subset: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set or folder.")
+    revision: str | None = Field(None, description="Commit or tag of a hub data set.")
+    weight: PositiveFloat | None = Field(
+        None, description="Its share of prompts beside the others'. Default: its number of rows, so that all last equally long."
+    )
+    prompt: str | None = Field(None, description="Column with the question as text; default: prompt, unless messages is set.")
+    messages: str | None = Field(None, description="Column with the conversation: a list of {role, content}.")
+    wording: str | None = Field(
+        None, description='The question in your words, columns in braces: "{problem}\nPut the answer in \\boxed{{}}."'
+    )
+    answer: str | None = Field(None, description="Column that rewards know as answer.")
+    fields: dict[str, str] = Field({}, description="Further columns for rewards and environments: {their name: column}.")
+    max_new_tokens: str | None = Field(None, description="Column with each prompt's own limit of new tokens.")
+    system: str | None = Field(None, description="System prompt of this source; default: data.system.")
+    options: dict[str, Any] = Field({}, description="Options of a built-in task, or arguments of your own function.")
 
-    transport: Literal["auto", "disk", "broadcast", "tensor"] = Field(
-        "auto",
-        description="disk: files in a folder that all see. broadcast: a process group with each server. tensor: in the "
-        "request, on GPUs as handles of shared memory. auto: what is fastest where the run is.",
+
+class DataSettings(Section):
+    """Which prompts are asked, in which order, and how the model sees them."""
+
+    sources: tuple[SourceSettings, ...] = Field((), description="Sources of training prompts.")
+    validation_sources: tuple[SourceSettings, ...] = Field((), description="Sources of validation prompts.")
+    validation_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each training source's rows set aside for validation; the same rows in every run.",
     )
-    bucket_bytes: PositiveInt = Field(
-        512 * 2**20,
-        description="Bytes of weights that travel at once. A rank holds up to three buckets beyond its weights, a server one.",
+    tokenizer: str | None = Field(None, description="Folder or hub name; default: the folder of policy.config.")
+    template: Literal["chat", "none"] = Field(
+        "chat", description="chat: prompts go through the chat template. none: the text as it is, for models that have none."
     )
-    folder: Path | None = Field(
-        None, description="For disk: a folder that all ranks and servers see. Default: a memory file system, on one machine."
+    chat_template: str | None = Field(None, description="File with a chat template (Jinja) to use for the tokenizer's own.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Switches of the template, such as enable_thinking: false.")
+    system: str | None = Field(None, description="System prompt, put before conversations that have none.")
+    max_prompt_tokens: PositiveInt | None = Field(None, description="Longest prompt; default: no limit.")
+    too_long: Literal["drop", "error"] = Field("drop", description="What becomes of a longer one.")
+    shuffle: bool = Field(True, description="A new order every epoch; else the order of the rows.")
+    seed: NonNegativeInt | None = Field(None, description="Seed of the order; default: run.seed.")
+    cache: Path | None = Field(None, description="Where Arrow files are kept; default: the cache of datasets.")
+
+
+class BankSettings(Section):
+    """The bank: where finished groups are kept, how safely, and for how long."""
+
+    directory: Path | None = Field(None, description="Its folder; default: bank in run.directory.")
+    durable_against: Literal["power_loss", "kill"] = Field(
+        "power_loss",
+        description="What a group reported as finished survives: loss of power (the disk is synchronised, once for all groups "
+        "that wait), or the end of the process alone.",
     )
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="Format in which unquantised weights are sent; default: the policy's own."
+    gather_seconds: NonNegativeFloat = Field(
+        0.0, description="How long a finished group waits for others to be synchronised with it, on disks slow at that."
     )
-    senders: PositiveInt | None = Field(
-        None, description="Ranks that broadcast, each to its share of the servers; default: one on each machine of the ranks."
+    keep_steps: PositiveInt | None = Field(None, description="Sealed steps kept; older ones are removed. Default: all.")
+    keep_bytes: PositiveInt | None = Field(
+        None, description="Bytes of sealed steps kept; the oldest are removed, never the newest. Default: all."
     )
-    keep_files: bool = Field(
-        False, description="disk: keep the files until the next publish, so that servers that come late can load them at once."
-    )
-    probe: bool = Field(True, description="After each publish, compare every server's log-probs with the policy's.")
-    probe_sequences: PositiveInt = Field(4, description="Sequences of random tokens that are compared, the same in every run.")
-    probe_tokens: int = Field(64, ge=2, description="Tokens of each.")
-    tolerance: PositiveFloat | None = Field(
-        None,
-        description="Largest mean |difference| of a sequence's log-probs. Default by the policy's format: 1e-4 (float32), "
-        "0.05 (bfloat16), 0.25 (FP8 servers).",
-    )
+    texts: bool = Field(True, description="Keep prompts and responses as text also, for those who open the files directly.")
 
 
 class RunSettings(Section):
@@ -352,8 +384,14 @@ class Settings(Section):
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     publish: PublishSettings = PublishSettings()
+    data: DataSettings = DataSettings()
+    bank: BankSettings = BankSettings()
     sampling: SamplingSettings = SamplingSettings()
     servers: ServerSettings = ServerSettings()
     sglang: dict[str, Any] = Field({}, description="Arguments of own servers, by SGLang's names: {tp_size: 4}.")
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
+
+    @property
+    def bank_directory(self) -> Path:
+        return self.bank.directory or self.run.directory / "bank"

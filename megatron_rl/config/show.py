@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -32,20 +33,34 @@ MOST_ROWS = 32  # of the table of one stage; the rest is left to --ranks
 
 
 def render_settings(settings: Settings) -> RenderableType:
-    """The whole tree. A value that differs from its default is marked, with the default beside it."""
+    """The whole tree. A value that differs from its default is marked, with the default beside it.
+
+    A section in which nothing differs is one line: `megatron-rl settings` lists the defaults, the run's folder keeps all.
+    """
     tree = Tree("settings  (* differs from its default)")
-    branches: dict[str, Tree] = {"": tree}
+    sections: dict[str, list[tuple[str, FieldInfo]]] = {}
     for name, field in setting_fields().items():
-        section, _, last = name.rpartition(".")
-        if section not in branches:
-            branches[section] = tree.add(Text(section, style="bold"))
-        value = setting_value(settings, name)
-        line = Text(f"{last} = {shown(value)}")
-        if field.is_required() or value != field.default:
-            line.stylize("bold")
-            line.append(" *" if field.is_required() else f" *  (default {shown(field.default)})", style="yellow")
-        branches[section].add(line)
+        sections.setdefault(name.rpartition(".")[0], []).append((name, field))
+    for section, members in sections.items():
+        lines = [_setting_line(settings, name, field) for name, field in members]
+        branch = tree.add(Text(section, style="bold"))
+        if any(differs for _, differs in lines):
+            for line, _ in lines:
+                branch.add(line)
+        else:
+            branch.label = Text.assemble((section, "bold"), "  (all as by default)")
     return tree
+
+
+def _setting_line(settings: Settings, name: str, field: FieldInfo) -> tuple[Text, bool]:
+    """`name = value`, and whether the value is not the default."""
+    value = setting_value(settings, name)
+    line = Text(f"{name.rpartition('.')[2]} = {shown(value)}")
+    differs = field.is_required() or value != field.default
+    if differs:
+        line.stylize("bold")
+        line.append(" *" if field.is_required() else f" *  (default {shown(field.default)})", style="yellow")
+    return line, differs
 
 
 def render_setting_list() -> RenderableType:

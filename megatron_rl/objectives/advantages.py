@@ -6,7 +6,7 @@
     opo                         r − Σ_G L_j r_j / Σ_G L_j, on policy only                   (2505.23585)
     gdpo                        whiten(Σ_k w_k (r_k − mean_G r_k) / (std_G r_k + ε))        (2601.05242)
     reinforce_plus_plus         whiten(r)                                                   (2501.03262)
-    reinforce_plus_plus_baseline  whiten(r − mean_G)
+    reinforce_plus_plus_baseline  whiten(r − mean_G)                                        (2501.03262)
     per_turn                    (r − mean) / (std + ε) over the same turn of the group      (TL-GRPO 2601.16480, abstract)
 
 std is the unbiased one, whiten(x) = (x − mean)/(std + ε) over the whole batch. All is computed in float64 and given in
@@ -60,6 +60,13 @@ def whiten(values: Tensor, epsilon: float) -> Tensor:
     return everyone.centred(values) / (everyone.std(values) + epsilon)
 
 
+def require_epsilon(advantage: "Advantage", *names: str) -> None:
+    """Without it a group (or batch) of equal rewards would give 0/0."""
+    for name in names:
+        if not getattr(advantage, name) > 0:
+            raise ValueError(f"{advantage.name}: {name}={getattr(advantage, name)} must be above 0, as small as you like")
+
+
 class Advantage(ABC):
     """A frozen dataclass whose fields are its options. Several named rewards are added up, unless it says otherwise."""
 
@@ -106,6 +113,9 @@ class GroupStandardised(Advantage):
 
     epsilon: Annotated[float, "ε: added to the standard deviation"] = 1e-6
 
+    def __post_init__(self) -> None:
+        require_epsilon(self, "epsilon")
+
     def of_reward(self, reward: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
         return groups.centred(reward) / (groups.std(reward) + self.epsilon)
 
@@ -134,7 +144,8 @@ class LeaveOneOut(Advantage):
 class LengthWeighted(Advantage):
     """OPO's advantage: the baseline of least variance, if gradients are as long as responses. For exact on-policy training.
 
-    A group in which no response has tokens has the plain mean as its baseline.
+    The paper trains with it without a KL penalty and without an entropy bonus; nothing here adds them. A group in which no
+    response has tokens has the plain mean as its baseline.
     """
 
     name: ClassVar[str] = "opo"
@@ -157,6 +168,9 @@ class DecoupledRewards(Advantage):
     epsilon: Annotated[float, "ε: added to the standard deviation of a group"] = 1e-4
     batch_epsilon: Annotated[float, "And to that of the batch"] = 1e-4
 
+    def __post_init__(self) -> None:
+        require_epsilon(self, "epsilon", "batch_epsilon")
+
     def of(self, rewards: Mapping[str, Tensor], groups: Groups, lengths: Tensor) -> Tensor:
         if unknown := sorted(set(self.weights) - set(rewards)):
             raise ValueError(f"gdpo: weights are given for {unknown}, but the rewards are {sorted(rewards)}")
@@ -178,6 +192,9 @@ class BatchWhitened(Advantage):
 
     epsilon: Annotated[float, "ε: added to the standard deviation of the batch"] = 1e-8
 
+    def __post_init__(self) -> None:
+        require_epsilon(self, "epsilon")
+
     def of_reward(self, reward: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
         return whiten(reward, self.epsilon)
 
@@ -189,6 +206,9 @@ class GroupCentredBatchWhitened(Advantage):
     name: ClassVar[str] = "reinforce_plus_plus_baseline"
 
     epsilon: Annotated[float, "ε: added to the standard deviation of the batch"] = 1e-8
+
+    def __post_init__(self) -> None:
+        require_epsilon(self, "epsilon")
 
     def of_reward(self, reward: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
         return torch.where(groups.equal(reward), 0.0, whiten(groups.centred(reward), self.epsilon))

@@ -3,8 +3,9 @@
     R_i  = r_i − β Σ_t m_it (new_it − reference_it)
     loss = mean over groups of ½ Var_group[R]          gradient: −β E[(R_i − mean R) ∇ log π(y_i)], R held
 
-The samples may come from any policy. E and Var are estimated without bias, Σ/(G−1); `unbiased` off takes Σ/G. Groups with one
-response have no variance and are not in the mean. Computed in two passes (groups.py); the sums of log-ratios cross ranks.
+Only the abstract was found: β and the estimate of the variance are ours. The samples may come from any policy. E and Var are
+estimated without bias, Σ/(G−1); `unbiased` off takes Σ/G. Groups with one response have no variance and are not in the mean.
+Computed in two passes (groups.py); the sums of log-ratios cross ranks.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from megatron_rl.objectives.base import GroupTable, TokenBatch
-from megatron_rl.objectives.compose import Needs
+from megatron_rl.objectives.compose import Needs, require_positive
 from megatron_rl.objectives.groups import GroupSurrogate, group_sizes, group_sums
 
 
@@ -23,8 +24,11 @@ class AnyGenerationLoss(GroupSurrogate):
 
     name: ClassVar[str] = "agro"
 
-    beta: Annotated[float, "β: weight of the divergence from the reference; the paper has no one value"] = 0.01
+    beta: Annotated[float, "β: weight of the divergence from the reference; 0.01 is ours, to be fitted to the rewards"] = 0.01
     unbiased: Annotated[bool, "Divide the group's squares by G − 1 and not by G"] = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
 
     def needs(self) -> Needs:
         return Needs(columns=frozenset({"reference"}), scalars=frozenset({"reward"}), groups=True)

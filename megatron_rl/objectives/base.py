@@ -74,6 +74,15 @@ class TokenBatch:
         """[tokens] -> [count]: the mean over the sequence's tokens that count, zero where there are none. Differentiable."""
         return self.sum_sequences(values) / self.lengths.clamp(min=1)
 
+    def own_sum(self, values: Tensor) -> Tensor:
+        """[tokens] -> scalar: over the tokens that count and that this rank holds. For metrics that are `partial`."""
+        return torch.where(self.mask, values.detach().to(self.lengths.dtype), 0.0).sum()
+
+    @property
+    def own_tokens(self) -> Tensor:
+        """Scalar: how many tokens that count this rank holds."""
+        return self.mask.sum().to(self.lengths.dtype)
+
     def spread(self, values: Tensor) -> Tensor:
         """[count] -> [tokens]: each token gets its sequence's number, zero where the mask is off. For detached numbers."""
         if values.requires_grad:
@@ -92,7 +101,9 @@ class TokenBatch:
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------------
-# Sums are of all the sequence's tokens (they come from sum_sequences), so context-parallel ranks hold equal ones.
+# Numbers made of `sum_sequences` are of whole sequences: all ranks that share them hold the same, and one of them is counted.
+# Numbers of the tokens that a rank happens to hold are `partial`: those of all ranks are added up, once a step, and nothing
+# has to cross ranks for them before.
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class Mean:
 
     total: Tensor  # scalar
     count: Tensor  # scalar
+    partial: bool = False  # of this rank's tokens
 
     def sums(self) -> tuple[Tensor, ...]:
         return self.total, self.count
@@ -117,6 +129,7 @@ class Deviation:
     total: Tensor  # scalar; of the numbers less a constant near their mean, so that nothing cancels
     squares: Tensor  # scalar
     count: Tensor  # scalar
+    partial: bool = False  # of this rank's tokens
 
     def sums(self) -> tuple[Tensor, ...]:
         return self.total, self.squares, self.count
@@ -133,6 +146,7 @@ class EffectiveShare:
     total: Tensor  # scalar
     squares: Tensor  # scalar
     count: Tensor  # scalar
+    partial: bool = False  # of this rank's tokens
 
     def sums(self) -> tuple[Tensor, ...]:
         return self.total, self.squares, self.count

@@ -1,8 +1,8 @@
 """What there is, in words: every idea with its formula, source and options, read from the docstrings of this package.
 
 A module's docstring holds its formulas, indented. Where it has several ideas it is a table whose rows begin with their names,
-and a row that tells its source ends with it in brackets; otherwise all that is indented is the formula, and the source stands
-in the text. The options are the fields of the idea's dataclass.
+and a row that tells its source ends with it in brackets, set off by three blanks; otherwise all that is indented is the
+formula, and the source stands in the first brackets of the text. The options are the fields of the idea's dataclass.
 """
 
 import re
@@ -15,8 +15,9 @@ from megatron_rl.objectives.registry import ADVANTAGES, PENALTIES, SURROGATES, W
 
 KINDS = {"advantage": ADVANTAGES, "surrogate": SURROGATES, "weight": WEIGHTS, "penalty": PENALTIES}
 INDENT = "    "
-ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
-SOURCE = re.compile(r" +\((?=[^()]*\d{4}\.\d{5})([^()]*)\)$")  # at the end of a row
+ARXIV = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
+ROW_SOURCE = re.compile(r" {3,}\(([^()]*)\)$")  # at the end of a row
+TEXT_SOURCE = re.compile(r"\A[^\n]*?\(([^()]*)\)")  # in the first line
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Entry:
     kind: str
     text: str  # of its class
     formula: str  # maybe several lines
-    papers: tuple[str, ...]  # arXiv identifiers
+    source: str  # who says so: papers as `arXiv` with their numbers, or in words where there is none
     background: str  # of its module, which may tell of others too
     options: tuple[Option, ...]
 
@@ -37,8 +38,9 @@ class Entry:
         return self.text.partition("\n")[0]
 
     @property
-    def source(self) -> str:
-        return ", ".join(f"arXiv {paper}" for paper in self.papers)
+    def papers(self) -> tuple[str, ...]:
+        """arXiv numbers."""
+        return tuple(ARXIV.findall(self.source))
 
 
 def catalogue() -> list[Entry]:
@@ -60,8 +62,9 @@ def look_up(name: str) -> list[Entry]:
 def entry_of(kind: str, name: str, cls: type) -> Entry:
     """What the docstrings of a class and its module say."""
     background = cleandoc(sys.modules[cls.__module__].__doc__ or "")
-    formula, papers = _row(background, name) or _whole(background)
-    return Entry(name, kind, cleandoc(cls.__doc__ or ""), formula, papers, background, tuple(describe(cls)))
+    formula, source = _row(background, name) or _whole(background)
+    text = cleandoc(cls.__doc__ or "")
+    return Entry(name, kind, text, formula, ARXIV.sub(r"arXiv \1", source), background, tuple(describe(cls)))
 
 
 def written(value: Any) -> str:
@@ -70,8 +73,8 @@ def written(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _row(background: str, name: str) -> tuple[str, tuple[str, ...]] | None:
-    """The row of a table that begins with the name, with what is indented further below it."""
+def _row(background: str, name: str) -> tuple[str, str] | None:
+    """The row of a table that begins with the name, with what is indented further below it; and its source."""
     lines = background.splitlines()
     start = re.compile(rf"{INDENT}{re.escape(name)} +(?! )")
     places = [i for i, line in enumerate(lines) if start.match(line)]
@@ -83,11 +86,12 @@ def _row(background: str, name: str) -> tuple[str, tuple[str, ...]] | None:
         if not line.startswith(2 * INDENT):
             break
         row.append(line.strip())
-    papers = tuple(ARXIV.findall(" ".join(row)))
-    return "\n".join(re.sub(r" {3,}", "   ", SOURCE.sub("", line)) for line in row), papers
+    sources = [found[1] for line in row if (found := ROW_SOURCE.search(line))]
+    return "\n".join(re.sub(r" {3,}", "   ", ROW_SOURCE.sub("", line)) for line in row), "; ".join(sources)
 
 
-def _whole(background: str) -> tuple[str, tuple[str, ...]]:
-    """All that is indented, and the papers that the text names."""
+def _whole(background: str) -> tuple[str, str]:
+    """All that is indented, and the source that the first line names."""
     lines = [line.removeprefix(INDENT) for line in background.splitlines() if line.startswith(INDENT)]
-    return "\n".join(lines), tuple(dict.fromkeys(ARXIV.findall(background)))
+    found = TEXT_SOURCE.match(background)
+    return "\n".join(lines), found[1] if found else ""

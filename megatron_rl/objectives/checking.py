@@ -1,10 +1,12 @@
-"""Does a value that a user wrote fit the type of an option?"""
+"""What a user wrote: does a value fit the type of an option, and which name may a wrong one have been meant to be?"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+SIMILAR = 0.6  # difflib ratio from which a name counts as a slip of the pen for another
 NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", NoneType: "none"}
 
 
@@ -35,3 +37,15 @@ def say_type(hint: Any) -> str:
     if origin is Mapping:
         return "numbers by name"
     return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def suggestion(word: str, known: Iterable[str]) -> str | None:
+    """`did you mean 'gspo' or 'gtpo'?`: all names that are equally near; None if none is near."""
+    nearness = {name: SequenceMatcher(None, name, word.lower()).ratio() for name in known}
+    best = max(nearness.values(), default=0.0)
+    if best < SIMILAR:
+        return None
+    nearest = [name for name, ratio in nearness.items() if ratio == best]
+    nearest.sort(key=lambda name: sorted(name) != sorted(word.lower()))  # first what has the same letters
+    *others, last = (f"'{name}'" for name in nearest)
+    return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"

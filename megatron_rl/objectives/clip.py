@@ -1,11 +1,11 @@
 """Surrogates with a clipped ratio for each token, w_it = exp(new_it − old_it), d_it = log w_it.
 
     grpo   min(w A, clip(w, 1−ε_lo, 1+ε_hi) A); dual clip: for A < 0 not below c·A      (PPO 1707.06347, GRPO 2402.03300)
-    dapo   grpo with ε 0.2/0.28    and the mean over all tokens of the step            (2503.14476)
+    dapo   grpo with ε 0.2/0.28, and the mean over all tokens of the step              (2503.14476)
     abc    clip(w, 1−ε2, 1+ε1) A for A > 0, clip(w, 1−ε4, 1+ε3) A for A < 0, no min:
            no gradient outside, in all four quadrants                                   (ABC-GRPO 2601.03895)
-    dhpo   α·(token branch: grpo) + (1−α)·(sequence branch: gspo_token), each clipped in its own region before they are
-           mixed                                                                        (2601.05607, from the abstract)
+    dhpo   α·(token branch: grpo) + (1−α)·(sequence branch: gspo_token),
+           each clipped in its own region before they are mixed                         (2601.05607, from the abstract)
 
 Inactive (without gradient) is what lies strictly beyond a bound. J aggregates the terms by the option `aggregation`.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rl.objectives.aggregate import Aggregation
 from megatron_rl.objectives.base import Metric, TokenBatch, select
-from megatron_rl.objectives.compose import Needs, Terms, TokenSurrogate
+from megatron_rl.objectives.compose import Needs, Terms, TokenSurrogate, require_not_negative
 from megatron_rl.objectives.gspo import RATIO_NEEDS, pessimistic, sequence_branch
 from megatron_rl.objectives.metrics import clipped_tokens, token_ratio
 
@@ -35,6 +35,7 @@ class TokenPolicyLoss(TokenSurrogate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_not_negative(self, "clip_low", "clip_high")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"{self.name}: dual_clip={self.dual_clip} must be above 1, the ratio on policy")
 
@@ -68,6 +69,10 @@ class AdaptiveBoundaryLoss(TokenSurrogate):
     epsilon_2: Annotated[float, "A > 0: and below 1 − ε2"] = 0.2
     epsilon_3: Annotated[float, "A < 0: the ratio is clipped above 1 + ε3"] = 0.2
     epsilon_4: Annotated[float, "A < 0: and below 1 − ε4"] = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "epsilon_1", "epsilon_2", "epsilon_3", "epsilon_4")
 
     def needs(self) -> Needs:
         return RATIO_NEEDS
@@ -104,6 +109,7 @@ class HybridPolicyLoss(TokenSurrogate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_not_negative(self, "token_clip_low", "token_clip_high", "sequence_clip_low", "sequence_clip_high")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"dhpo: alpha={self.alpha} is a share, between 0 and 1")
 

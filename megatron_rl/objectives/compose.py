@@ -88,6 +88,13 @@ def require_positive(part: Part, *names: str) -> None:
             raise ValueError(f"{part.name}: {name}={getattr(part, name)} must be above 0")
 
 
+def require_not_negative(part: Part, *names: str) -> None:
+    """Refuse options that are below zero: a bound of a clip on the wrong side of 1, a penalty that rewards."""
+    for name in names:
+        if not getattr(part, name) >= 0:
+            raise ValueError(f"{part.name}: {name}={getattr(part, name)} must not be below 0")
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a surrogate says of a micro-batch, to be maximised."""
@@ -100,6 +107,8 @@ class Surrogate(Part, ABC):
     """The heart of an objective, itself an objective: without weights and penalties."""
 
     kind: ClassVar[str] = "surrogate"
+    on_policy_only: ClassVar[bool] = False  # has no ratio to the policy that sampled
+    includes: ClassVar[tuple[str, ...]] = ()  # the weights whose work it does itself
 
     @property
     def reads_token_advantages(self) -> bool:
@@ -158,6 +167,7 @@ class Weight(Part, ABC):
 
     kind: ClassVar[str] = "weight"
     level: ClassVar[Level]  # factors [tokens] or [count]
+    off_policy_only: ClassVar[bool] = False  # without effect where `old` is the policy itself
 
     @abstractmethod
     def factors(self, batch: TokenBatch) -> tuple[Tensor, Mapping[str, Metric]]:

@@ -2,12 +2,13 @@
 
 With ρ_t = exp(old_t − rollout_t), the trainer's old probability over the rollout engine's, for the same weights:
 
-    tis                   f_t = min(ρ_t, C)                                     truncated importance sampling, C 2
-    icepop                f_t = ρ_t if low ≤ ρ_t ≤ high, else 0                 0.5 … 5
-    sequence_weight       f_i = exp((1/L_i) Σ_t log ρ_t)     form geometric
-                          f_i = exp(Σ_t log ρ_t)             form product: the unbiased weight, ≈ 0 or huge for long responses
-    geometric_mask        f_i = 1 if low ≤ exp((1/L_i) Σ_t log ρ_t) ≤ high, else 0              0.999 … 1.002
-    opsm                  f_i = 0 if A_i < 0 and (1/L_i) Σ_t (old_t − new_t) > δ, else 1        off-policy sequence masking
+    tis               f_t = min(ρ_t, C)                               (a blog post, Yao et al. 2025; no arXiv number known)
+    icepop            f_t = ρ_t if low ≤ ρ_t ≤ high, else 0                      (Ring-1T 2510.18855)
+    sequence_weight   f_i = exp((1/L_i) Σ_t log ρ_t) with form geometric
+                      f_i = exp(Σ_t log ρ_t) with form product                   (as peers ship it; no arXiv number known)
+    geometric_mask    f_i = 1 if low ≤ exp((1/L_i) Σ_t log ρ_t) ≤ high, else 0   (as peers ship it; no arXiv number known)
+    opsm              f_i = 0 if A_i < 0 and (1/L_i) Σ_t (old_t − new_t) > δ,
+                      else 1                                                     (DeepSeek-V3.2 2512.02556)
 
 All bounds belong to the inside. Factors are detached. Zero drops the token or sequence; divisors stay as they are.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.objectives.base import Metric, TokenBatch
-from megatron_rl.objectives.compose import Level, Needs, Weight, require_positive
+from megatron_rl.objectives.compose import Level, Needs, Weight, require_not_negative, require_positive
 from megatron_rl.objectives.metrics import sequence_mean, token_mean
 
 MISMATCH = Needs(columns=frozenset({"old", "rollout"}))
@@ -80,7 +81,11 @@ class IcePopWeight(Weight):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceWeight(Weight):
-    """One ratio of trainer over rollout a sequence. Reads the columns `old` and `rollout`."""
+    """One ratio of trainer over rollout a sequence. Reads the columns `old` and `rollout`.
+
+    The product is the unbiased weight, and ≈ 0 or huge for long responses; the geometric mean is biased and tame. Peers call
+    either of them "sequence".
+    """
 
     name: ClassVar[str] = "sequence_weight"
     level: ClassVar[Level] = "sequence"
@@ -133,8 +138,12 @@ class OffPolicySequenceMask(Weight):
 
     name: ClassVar[str] = "opsm"
     level: ClassVar[Level] = "sequence"
+    off_policy_only: ClassVar[bool] = True
 
     delta: Annotated[float, "δ: how far the mean log-prob may have fallen"] = 1e-4
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "delta")
 
     def needs(self) -> Needs:
         return Needs(columns=frozenset({"old"}), scalars=frozenset({"advantage"}))

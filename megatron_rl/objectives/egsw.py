@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.objectives.base import EffectiveShare, GroupTable, Metric, TokenBatch
-from megatron_rl.objectives.compose import Level, Needs, Weight
+from megatron_rl.objectives.compose import Level, Needs, Weight, require_positive
 from megatron_rl.objectives.groups import group_index, group_sizes, group_sums, require_prepared
 
 ENTROPY, FACTOR = "egsw_entropy", "egsw"
@@ -32,8 +32,7 @@ class EntropyGuidedWeight(Weight):
     temperature: Annotated[float, "P: the higher, the more alike the weights"] = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"egsw: temperature={self.temperature} must be positive")
+        require_positive(self, "temperature")
 
     def needs(self) -> Needs:
         return Needs(entropy=True, scalars=frozenset({"advantage"}), groups=True)

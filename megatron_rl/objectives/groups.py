@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_rl.objectives.base import GroupTable, Metric, TokenBatch
+from megatron_rl.objectives.base import GroupTable, Mean, Metric, TokenBatch
 from megatron_rl.objectives.compose import SequenceSurrogate, Terms
 from megatron_rl.objectives.metrics import sequence_mean
 
@@ -56,6 +56,12 @@ def pairs(table: GroupTable) -> tuple[Tensor, Tensor]:
 def halves(values: Tensor, first: Tensor, second: Tensor, count: int) -> Tensor:
     """[pairs] -> [count]: what belongs to a pair, given to its two rows in equal parts."""
     return values.new_zeros(count).index_add(0, first, values / 2).index_add(0, second, values / 2)
+
+
+def pair_accuracy(batch: TokenBatch, agreeing: str, pairs: str) -> Mean:
+    """Metric: the share of pairs that are in order, from two scalars made with `halves`."""
+    total, count = (torch.where(batch.counts, batch.scalars[name], 0.0).sum() for name in (agreeing, pairs))
+    return Mean(total, count)
 
 
 class GroupSurrogate(SequenceSurrogate):

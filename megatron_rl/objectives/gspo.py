@@ -1,9 +1,9 @@
 """GSPO: group sequence policy optimisation (arXiv 2507.18071), and GSPO-token from the same paper.
 
-    log s_i = (1/L_i) Σ_t m_it (new_it − old_it)
-    GSPO         J = (1/N) Σ_i min(s_i A_i, clip(s_i, 1−ε_lo, 1+ε_hi) A_i)
-    GSPO-token   J = (1/N) Σ_i (1/L_i) Σ_t m_it min(s_it A_it, clip(s_it, 1−ε_lo, 1+ε_hi) A_it),
-                 s_it = sg[s_i] · exp(new_it − sg[new_it])
+    gspo         log s_i = (1/L_i) Σ_t m_it (new_it − old_it)
+                 J = (1/N) Σ_i min(s_i A_i, clip(s_i, 1−ε_lo, 1+ε_hi) A_i)                          (2507.18071)
+    gspo_token   s_it = sg[s_i] · exp(new_it − sg[new_it]), s_i as in gspo
+                 J = (1/N) Σ_i (1/L_i) Σ_t m_it min(s_it A_it, clip(s_it, 1−ε_lo, 1+ε_hi) A_it)     (2507.18071)
 
 N is the number of sequences in the whole step. GSPO-token is GSPO in value, clip set and gradient when A_it = A_i; it exists to
 let the advantage differ between the tokens or turns of a sequence.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.objectives.base import TokenBatch
-from megatron_rl.objectives.compose import Needs, SequenceSurrogate, Terms, TokenSurrogate
+from megatron_rl.objectives.compose import Needs, SequenceSurrogate, Terms, TokenSurrogate, require_not_negative
 from megatron_rl.objectives.metrics import clipped_sequences, clipped_tokens, sequence_ratio
 
 RATIO_NEEDS = Needs(columns=frozenset({"old"}), scalars=frozenset({"advantage"}))
@@ -50,6 +50,9 @@ class SequencePolicyLoss(SequenceSurrogate):
     clip_low: Annotated[float, "ε_lo: the sequence's ratio is clipped below 1 − ε_lo where the advantage is negative"] = 3e-4
     clip_high: Annotated[float, "ε_hi: and above 1 + ε_hi where it is positive"] = 4e-4
 
+    def __post_init__(self) -> None:
+        require_not_negative(self, "clip_low", "clip_high")
+
     def needs(self) -> Needs:
         return RATIO_NEEDS
 
@@ -67,6 +70,10 @@ class TokenAdvantagePolicyLoss(TokenSurrogate):
 
     clip_low: Annotated[float, "ε_lo: the sequence's ratio is clipped below 1 − ε_lo where the advantage is negative"] = 3e-4
     clip_high: Annotated[float, "ε_hi: and above 1 + ε_hi where it is positive"] = 4e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "clip_low", "clip_high")
 
     def needs(self) -> Needs:
         return RATIO_NEEDS

@@ -1,14 +1,19 @@
-"""GTPO: group-relative trajectory-based policy optimisation (arXiv 2508.03772).
+"""GTPO: group-relative trajectory-based policy optimisation (arXiv 2508.03772), whole, and its two ideas as weights for others.
 
-    A_i  = r_i − mean_group r         no std: the advantage `dr_grpo`
-    J    = (1/N) Σ_i δ_i (A_i − γ⟨H⟩_i) (1/L_i) Σ_t λ_it w_it,      w_it = exp(new_it − sg[new_it])
-    λ_it = 1 off conflicts; 2 on one of a positive completion, 0 of a negative one; forward and backward λ multiply
-    δ_i  = 0 drops the completion:  paper: ⟨H⟩ before training < ln 2 and ⟨H⟩_i > ln 2;  authors' code: ⟨H⟩_i > 0.7
+    gtpo            J = (1/N) Σ_i δ_i (A_i − γ⟨H⟩_i) (1/L_i) Σ_t λ_it w_it,  w_it = exp(new_it − sg[new_it]), on policy
+                    A_i = r_i − mean_group r, no std: the advantage `dr_grpo`; λ: gtpo_conflict, δ: gtpo_entropy   (2508.03772)
+    gtpo_conflict   λ_it = 1 off conflicts; 2 on one of a positive completion, 0 of a negative one;
+                    forward and backward λ multiply                                                    (2508.03772)
+    gtpo_entropy    δ_i = 0, which drops the completion:
+                    by the paper if ⟨H⟩ before training < ln 2 and ⟨H⟩_i > ln 2,
+                    by the authors' code if ⟨H⟩_i > 0.7                                                (2508.03772)
 
 ⟨H⟩_i is the mean token entropy, detached. A token conflicts forward if at its position the same id stands in a completion of
 positive and in one of negative advantage of the group, and if every token before it in its completion conflicts too; backward
-is the same counted from the last token. Completions with A_i = 0 take no part. The ratio is 1 in value; there is no clip, no KL
-and no reference. The authors' code further divides a completion by max(1, its conflict tokens) and sums over completions.
+is the same counted from the last token. Completions with A_i = 0 take no part. The ratio is 1 in value; there is no clip, no
+KL and no reference, so samples must be of the policy itself: one optimizer step a rollout. Off policy, put the weights on a
+surrogate that has a ratio, gspo_token say. The authors' code further divides a completion by max(1, its conflict tokens) and
+sums over completions.
 
 λ depends on token ids and signs alone: it is computed before packing, where groups are whole, and travels as the column
 `conflict`. The entropy is the update's own. So there is one pass.
@@ -24,8 +29,8 @@ from torch import Tensor
 
 from megatron_rl.objectives.aggregate import aggregate
 from megatron_rl.objectives.base import Mean, Metric, TokenBatch
-from megatron_rl.objectives.compose import Level, Needs, Surrogate, Terms, Weight
-from megatron_rl.objectives.metrics import sequence_mean
+from megatron_rl.objectives.compose import Level, Needs, Surrogate, Terms, Weight, require_not_negative
+from megatron_rl.objectives.metrics import sequence_mean, token_mean
 
 CONFLICT = "conflict"
 PAPER_THRESHOLD = math.log(2.0)
@@ -97,12 +102,7 @@ def conflict_columns(tokens: Sequence[Tensor], masks: Sequence[Tensor], advantag
 
 def conflict_share(batch: TokenBatch) -> Mean:
     """Metric: the share of the tokens that are in a conflict."""
-    return Mean(_conflicts(batch).sum(), batch.lengths.sum())
-
-
-def _conflicts(batch: TokenBatch) -> Tensor:
-    """[count] tokens in a conflict."""
-    return batch.sum_sequences((batch.columns[CONFLICT] != 1).to(batch.lengths.dtype))
+    return token_mean(batch, batch.columns[CONFLICT] != 1)
 
 
 # -- entropy ---------------------------------------------------------------------------------------------------------------
@@ -138,11 +138,16 @@ class TrajectoryPolicyLoss(Surrogate):
     """GTPO. Reads the entropy, the column `conflict`, the scalar `advantage` and, for the paper's rule, `initial_entropy`."""
 
     name: ClassVar[str] = "gtpo"
+    on_policy_only: ClassVar[bool] = True
+    includes: ClassVar[tuple[str, ...]] = ("gtpo_conflict", "gtpo_entropy")
 
     gamma: Annotated[float, "γ: how much entropy costs"] = 0.1
     filter: Annotated[Filter, "δ: the paper's rule, that of the authors' code, or none"] = "paper"
     threshold: Annotated[float, "Mean entropy from which the code's rule drops (they set 1.02 for Qwen)"] = 0.7
     divide_by_conflicts: Annotated[bool, "As the authors' code: divide by conflict tokens, sum over completions"] = False
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "gamma", "threshold")
 
     @property
     def level(self) -> Level:
@@ -157,7 +162,8 @@ class TrajectoryPolicyLoss(Surrogate):
         keep = kept(batch, entropy, self.filter, self.threshold)
         factor = torch.where(keep, batch.scalars["advantage"] - self.gamma * entropy, 0.0)
         if self.divide_by_conflicts:
-            factor = factor / _conflicts(batch).clamp(min=1)
+            conflicts = batch.sum_sequences((batch.columns[CONFLICT] != 1).to(batch.lengths.dtype))  # [count]
+            factor = factor / conflicts.clamp(min=1)
         ratio = torch.exp(batch.log_probs - batch.log_probs.detach())  # [tokens] 1, with gradient
         metrics: dict[str, Metric] = {
             "conflict_share": conflict_share(batch),
@@ -195,6 +201,9 @@ class EntropyFilter(Weight):
 
     filter: Annotated[Filter, "The paper's rule, that of the authors' code, or none"] = "paper"
     threshold: Annotated[float, "Mean entropy from which the code's rule drops"] = 0.7
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "threshold")
 
     def needs(self) -> Needs:
         return filter_needs(self.filter)

@@ -1,4 +1,4 @@
-"""LUSPO: length-unbiased sequence policy optimisation. GSPO's value times the length of the response.
+"""LUSPO: length-unbiased sequence policy optimisation (arXiv 2602.05261). GSPO's value times the length of the response.
 
     J = (1/N) Σ_i L_i min(s_i A_i, clip(s_i, 1−ε_lo, 1+ε_hi) A_i)
 

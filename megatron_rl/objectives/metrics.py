@@ -1,6 +1,6 @@
 """Metrics that objectives share: detached, cheap, each with its divisor declared.
 
-Sums over tokens go through `sum_sequences`, so that they hold for sequences spread over ranks too.
+What is a mean over tokens is summed over this rank's own (`partial`); what is of whole sequences goes through `sum_sequences`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from megatron_rl.objectives.base import Deviation, EffectiveShare, Largest, Mean
 
 def token_mean(batch: TokenBatch, values: Tensor) -> Mean:
     """The mean of [tokens] over all tokens that count."""
-    return Mean(batch.sum_sequences(values.detach().to(batch.lengths.dtype)).sum(), batch.lengths.sum())
+    return Mean(batch.own_sum(values), batch.own_tokens, partial=True)
 
 
 def sequence_mean(batch: TokenBatch, values: Tensor) -> Mean:
@@ -26,22 +26,26 @@ def sequence_ratio(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
     """Mean, spread and extremes of one ratio a sequence, from its logarithm ([count]); divisor: sequences."""
     excess = torch.where(batch.counts, torch.expm1(log_ratio.detach()), 0.0)
     sequences = batch.counts.sum()
-    return _ratio(excess, batch.counts, excess.sum(), excess.abs().sum(), excess.square().sum(), sequences)
+    sums = excess.sum(), excess.abs().sum(), excess.square().sum()
+    return _ratio(excess, batch.counts, sums, sequences, partial=False)
 
 
 @torch.no_grad()
 def token_ratio(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
     """The same of one ratio a token ([tokens]); divisor: tokens."""
     excess = torch.expm1(log_ratio.detach())
-    total, absolute, squares = (batch.sum_sequences(x).sum() for x in (excess, excess.abs(), excess.square()))
-    return _ratio(excess, batch.mask, total, absolute, squares, batch.lengths.sum())
+    sums = batch.own_sum(excess), batch.own_sum(excess.abs()), batch.own_sum(excess.square())
+    return _ratio(excess, batch.mask, sums, batch.own_tokens, partial=True)
 
 
-def _ratio(excess: Tensor, where: Tensor, total: Tensor, absolute: Tensor, squares: Tensor, count: Tensor) -> dict[str, Metric]:
+def _ratio(
+    excess: Tensor, where: Tensor, sums: tuple[Tensor, Tensor, Tensor], count: Tensor, partial: bool
+) -> dict[str, Metric]:
+    total, absolute, squares = sums
     return {
-        "ratio": Mean(total + count, count),
-        "ratio_deviation": Mean(absolute, count),
-        "ratio_std": Deviation(total, squares, count),
+        "ratio": Mean(total + count, count, partial),
+        "ratio_deviation": Mean(absolute, count, partial),
+        "ratio_std": Deviation(total, squares, count, partial),
         "ratio_min": Smallest(_smallest(excess, where) + 1),
         "ratio_max": Largest(-_smallest(-excess, where) + 1),
     }
@@ -80,15 +84,13 @@ def mismatch(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
     Perplexity ratio: of old over rollout, exp(mean −x) a sequence, the mean over sequences. Divisor elsewhere: tokens.
     """
     ratio = torch.exp(log_ratio)
-    tokens = batch.lengths.sum()
-    per_sequence = batch.sum_sequences(log_ratio)
-    difference, total, squares = per_sequence.sum(), batch.sum_sequences(ratio).sum(), batch.sum_sequences(ratio.square()).sum()
+    total, squares, tokens = batch.own_sum(ratio), batch.own_sum(ratio.square()), batch.own_tokens
     return {
-        "mismatch_k1": Mean(-difference, tokens),
-        "mismatch_k3": Mean(batch.sum_sequences(torch.expm1(log_ratio) - log_ratio).sum(), tokens),
-        "mismatch_chi2": Mean(squares - tokens, tokens),
-        "mismatch_perplexity_ratio": sequence_mean(batch, torch.exp(-per_sequence / batch.lengths.clamp(min=1))),
-        "mismatch_effective_share": EffectiveShare(total, squares, tokens),
+        "mismatch_k1": token_mean(batch, -log_ratio),
+        "mismatch_k3": token_mean(batch, torch.expm1(log_ratio) - log_ratio),
+        "mismatch_chi2": Mean(squares - tokens, tokens, partial=True),
+        "mismatch_perplexity_ratio": sequence_mean(batch, torch.exp(-batch.mean_tokens(log_ratio))),
+        "mismatch_effective_share": EffectiveShare(total, squares, tokens, partial=True),
         "mismatch_max": Largest(-_smallest(-log_ratio.abs(), batch.mask)),
     }
 
@@ -96,10 +98,18 @@ def mismatch(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
 @torch.no_grad()
 def drift(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
     """How far the policy has moved from `old`, d = new − old: KL(old ‖ new), k1 = −d and k3 = e^d − 1 − d; divisor: tokens."""
-    tokens = batch.lengths.sum()
     return {
-        "old_k1": Mean(-batch.sum_sequences(log_ratio).sum(), tokens),
-        "old_k3": Mean(batch.sum_sequences(torch.expm1(log_ratio) - log_ratio).sum(), tokens),
+        "old_k1": token_mean(batch, -log_ratio),
+        "old_k3": token_mean(batch, torch.expm1(log_ratio) - log_ratio),
+    }
+
+
+@torch.no_grad()
+def from_reference(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
+    """How far the policy is from the reference, x = new − reference: KL(new ‖ reference), k1 = x, k3 = e^(−x) − 1 + x."""
+    return {
+        "reference_k1": token_mean(batch, log_ratio),
+        "reference_k3": token_mean(batch, torch.expm1(-log_ratio) + log_ratio),
     }
 
 
@@ -116,4 +126,6 @@ def always(batch: TokenBatch) -> dict[str, Metric]:
         metrics |= drift(batch, batch.log_probs.detach() - columns["old"])
         if "rollout" in columns:
             metrics |= mismatch(batch, columns["old"] - columns["rollout"])
+    if "reference" in columns:
+        metrics |= from_reference(batch, batch.log_probs.detach() - columns["reference"])
     return metrics

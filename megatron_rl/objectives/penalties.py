@@ -1,14 +1,15 @@
 """Penalties: what is added to the loss, or taken from rewards before there are advantages.
 
-    kl_loss        loss   += β · mean_t k(x_t),  x = new − reference          gradient of the estimator as it stands
-    kl_reward      r_i    −= β Σ_t k(x_t),       x = old − reference          no gradient; the pass that scores `old` gives it
-    entropy_bonus  loss   −= β · mean_t H_t
-    overlong       r_i    += c · max(−1, min(0, −(|y_i| − (L_max − L_c)) / L_c))        DAPO, 2503.14476
+    kl_loss         loss += β · mean_t k(x_t), x = new − reference
+                    k1 = x, k2 = x²/2, k3 = e^(−x) − 1 + x      (estimators: a note by J. Schulman 2020; no arXiv number known)
+    kl_reward       r_i −= β Σ_t k(x_t), x = old − reference
+                    k1, k2, k3 as in kl_loss                    (estimators: a note by J. Schulman 2020; no arXiv number known)
+    entropy_bonus   loss −= β · mean_t H_t                                                  (A3C 1602.01783)
+    overlong        r_i += c · max(−1, min(0, −(|y_i| − (L_max − L_c)) / L_c))              (DAPO 2503.14476)
 
-    k1 = x        k2 = x²/2        k3 = e^(−x) − 1 + x
-
-The mean over tokens is taken as `aggregation` says (aggregate.py). In the loss k1 has an expected gradient of zero on policy,
-and k2's is that of the reverse KL. Penalties are not touched by weights.
+kl_loss has the gradient of its estimator as it stands; kl_reward has none, the pass that scores `old` gives it. The mean over
+tokens is taken as `aggregation` says (aggregate.py). In the loss k1 has an expected gradient of zero on policy, and k2's is
+that of the reverse KL. Penalties are not touched by weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from megatron_rl.objectives.aggregate import Aggregation, aggregate
 from megatron_rl.objectives.base import Metric, TokenBatch
-from megatron_rl.objectives.compose import LossPenalty, Needs, RewardPenalty, require_positive
+from megatron_rl.objectives.compose import LossPenalty, Needs, RewardPenalty, require_not_negative, require_positive
 from megatron_rl.objectives.metrics import token_mean
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -49,6 +50,7 @@ class ReferenceKlLoss(LossPenalty):
 
     def __post_init__(self) -> None:
         require_positive(self, "constant")
+        require_not_negative(self, "coefficient")
 
     def needs(self) -> Needs:
         return REFERENCE
@@ -90,6 +92,9 @@ class ReferenceKlReward(RewardPenalty):
     coefficient: Annotated[float, "β"] = 1e-3
     estimator: Annotated[Estimator, "Of the divergence, from one sample"] = "k1"
 
+    def __post_init__(self) -> None:
+        require_not_negative(self, "coefficient")
+
     def needs(self) -> Needs:
         return REFERENCE
 
@@ -113,6 +118,7 @@ class OverlongPenalty(RewardPenalty):
 
     def __post_init__(self) -> None:
         require_positive(self, "longest", "buffer")
+        require_not_negative(self, "factor")
         if self.buffer > self.longest:
             raise ValueError(f"overlong: buffer={self.buffer} is longer than longest={self.longest}")
 

@@ -10,12 +10,11 @@ the loss is 0: one exact step of mirror descent. Computed in two passes (groups.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
-from megatron_rl.objectives.base import GroupTable, Mean, Metric, TokenBatch
-from megatron_rl.objectives.compose import Needs
-from megatron_rl.objectives.groups import GroupSurrogate, halves, pairs
+from megatron_rl.objectives.base import GroupTable, Metric, TokenBatch
+from megatron_rl.objectives.compose import Needs, require_positive
+from megatron_rl.objectives.groups import GroupSurrogate, halves, pair_accuracy, pairs
 
 PAIRS, AGREEING = "rebel_pairs", "rebel_agreeing"
 
@@ -27,6 +26,9 @@ class RelativeRewardRegression(GroupSurrogate):
     name: ClassVar[str] = "rebel"
 
     eta: Annotated[float, "η: how far log-ratios shall follow rewards"] = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "eta")
 
     def needs(self) -> Needs:
         return Needs(columns=frozenset({"old"}), scalars=frozenset({"reward"}), groups=True)
@@ -49,4 +51,4 @@ class RelativeRewardRegression(GroupSurrogate):
 
     def report(self, batch: TokenBatch) -> dict[str, Metric]:
         """Of the pairs whose rewards differ, the share in which the better response gained more."""
-        return {"pair_accuracy": Mean(*(torch.where(batch.counts, batch.scalars[n], 0.0).sum() for n in (AGREEING, PAIRS)))}
+        return {"pair_accuracy": pair_accuracy(batch, AGREEING, PAIRS)}

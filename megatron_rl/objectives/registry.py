@@ -6,7 +6,6 @@ are its options, see compose.py), or, for a surrogate, any callable objective (b
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
@@ -14,7 +13,7 @@ from megatron_rl.objectives import advantages, clip, corrections, egsw, gtpo, pe
 from megatron_rl.objectives.advantages import Advantage
 from megatron_rl.objectives.agro import AnyGenerationLoss
 from megatron_rl.objectives.base import Objective
-from megatron_rl.objectives.checking import fits, say_type
+from megatron_rl.objectives.checking import fits, say_type, suggestion
 from megatron_rl.objectives.compose import ComposedObjective, LossPenalty, Part, RewardPenalty, Surrogate, Weight
 from megatron_rl.objectives.groups import GroupSurrogate
 from megatron_rl.objectives.gspo import SequencePolicyLoss, TokenAdvantagePolicyLoss
@@ -124,37 +123,76 @@ def refuse_pair(advantage: Advantage | None, objective: Objective, *, reference:
     reference: is there a reference model? on_policy: is there exactly one optimizer step a rollout? Only objectives that say
     what they need are judged; a user's own callable is left to its own.
     """
-    if not isinstance(objective, ComposedObjective | Surrogate):
+    if isinstance(objective, Surrogate):
+        objective = ComposedObjective(objective)
+    if not isinstance(objective, ComposedObjective):
         return
-    surrogate = objective.surrogate if isinstance(objective, ComposedObjective) else objective
-    name = surrogate.name
+    _refuse_without_reference(objective, reference)
+    _refuse_advantage(advantage, objective, on_policy)
+    if on_policy:
+        _refuse_idle_weights(objective)
+    else:
+        _refuse_off_policy(objective.surrogate)
+    if advantage is not None and advantage.per_turn:
+        _refuse_turns(advantage, objective)
+
+
+def _refuse_without_reference(objective: ComposedObjective, reference: bool) -> None:
     if objective.needs_reference and not reference:
-        asking = [part.name for part in getattr(objective, "parts", (surrogate,)) if part.needs_reference]
+        asking = ", ".join(part.name for part in objective.parts if part.needs_reference)
         raise ValueError(
-            f"{', '.join(asking)} compares with a reference model and the run has none. Name one, or choose another objective."
+            f"{asking} compares with a reference model and the run has none. Name one, or choose another objective."
         )
+
+
+def _refuse_advantage(advantage: Advantage | None, objective: ComposedObjective, on_policy: bool) -> None:
+    name = objective.surrogate.name
     reads = "advantage" in objective.needs_scalars
-    if advantage is None:
-        if reads:
-            raise ValueError(f"{name} needs an advantage and the run names none. Choose one of {', '.join(ADVANTAGES)}.")
-        return
-    if not reads:
+    if advantage is None and reads:
+        raise ValueError(f"{name} needs an advantage and the run names none. Choose one of {', '.join(ADVANTAGES)}.")
+    if advantage is not None and not reads:
         raise ValueError(f"{name} takes no advantage, so '{advantage.name}' would do nothing. Set the advantage to null.")
-    if advantage.on_policy_only and not on_policy:
+    if not reads and "reward" not in objective.needs_scalars and objective.reward_penalties:
+        idle = ", ".join(part.name for part in objective.reward_penalties)
+        raise ValueError(f"{idle} changes rewards, and {name} reads none, so it would do nothing. Leave it out.")
+    if advantage is not None and advantage.on_policy_only and not on_policy:
         raise ValueError(
             f"advantage '{advantage.name}' is the best baseline for samples of the policy itself, and the run takes several "
             "optimizer steps a rollout. Take one step a rollout (on_policy), or another advantage, dr_grpo say."
         )
-    if advantage.per_turn:
-        if not surrogate.reads_token_advantages:
+
+
+def _refuse_off_policy(surrogate: Surrogate) -> None:
+    if surrogate.on_policy_only:
+        others = f", or {' and '.join(surrogate.includes)} as weights of gspo_token" if surrogate.includes else ""
+        raise ValueError(
+            f"{surrogate.name} has a ratio that is always 1: nothing in it answers for how far the policy has gone since it "
+            "sampled, and the run takes several optimizer steps a rollout. Take one step a rollout (on_policy), or another "
+            f"surrogate{others}."
+        )
+
+
+def _refuse_idle_weights(objective: ComposedObjective) -> None:
+    for weight in objective.weights:
+        if weight.off_policy_only:
             raise ValueError(
-                f"advantage '{advantage.name}' differs from turn to turn, and {name} has one for a whole sequence. "
-                "Take gspo_token, or a surrogate with a ratio for each token."
+                f"weight {weight.name} is about how far the policy has gone since `old`; with one optimizer step a rollout "
+                "(on_policy) that is nowhere, so it would do nothing. Leave it out."
             )
-        if isinstance(objective, ComposedObjective):
-            for weight in objective.weights:
-                if "advantage" in weight.needs_scalars:
-                    raise ValueError(f"weight {weight.name} reads a sequence's advantage, '{advantage.name}' has one a turn")
+
+
+def _refuse_turns(advantage: Advantage, objective: ComposedObjective) -> None:
+    if not objective.surrogate.reads_token_advantages:
+        raise ValueError(
+            f"advantage '{advantage.name}' differs from turn to turn, and {objective.surrogate.name} has one for a whole "
+            "sequence. Take gspo_token, or a surrogate with a ratio for each token."
+        )
+    for weight in objective.weights:
+        if "advantage" in weight.needs_scalars:
+            raise ValueError(
+                f"weight {weight.name} reads a sequence's advantage, and '{advantage.name}' has one a turn. Leave the weight "
+                "out, or take another advantage."
+            )
 
 
 def _refuse_weights(core: Surrogate, factors: Sequence[Weight]) -> None:
@@ -168,6 +206,11 @@ def _refuse_weights(core: Surrogate, factors: Sequence[Weight]) -> None:
             raise ValueError(
                 f"weight {weight.name} has a factor for each token, and {core.name} has one value a sequence, which has no "
                 "token terms to multiply. Take a weight by sequence (sequence_weight, geometric_mask), or gspo_token."
+            )
+        if weight.name in core.includes:
+            raise ValueError(
+                f"{core.name} does itself what weight {weight.name} does, so it would be done twice. Leave the weight out: "
+                f"the options of {core.name} say how."
             )
 
 
@@ -192,10 +235,7 @@ def find(kind: str, table: Mapping[str, type], name: str) -> type:
     """The class by a name of ours, or by the dotted path of the user's own."""
     if ":" not in name:
         if name not in table:
-            close = get_close_matches(name, table, 1)
-            hint = (
-                f"did you mean '{close[0]}'?" if close else f"There are {', '.join(table)}; your own is 'package.module:Class'."
-            )
+            hint = suggestion(name, table) or f"there are {', '.join(table)}; your own is 'package.module:Class'."
             raise ValueError(f"no {kind} is called '{name}'; {hint}")
         return table[name]
     module, _, attribute = name.partition(":")
@@ -250,8 +290,7 @@ def wrong_options(name: str, cls: type, options: Words) -> Iterator[tuple[str, s
     known = {option.name: option for option in describe(cls)}
     for word, value in options.items():
         if word not in known:
-            close = get_close_matches(word, known, 1)
-            hint = f"did you mean '{close[0]}'?" if close else f"It has {', '.join(known) or 'none'}."
+            hint = suggestion(word, known) or f"it has {', '.join(known) or 'none'}."
             yield word, f"{name} has no option '{word}'; {hint}"
         elif not fits(value, known[word].type):
             yield word, f"{name}: {word}={value!r} is not {known[word].type_name}"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of the tokens that count.
+"""Supervised fine-tuning (maximum likelihood, no paper of its own): the mean negative log-likelihood of the tokens that count.
 
     loss = −(1/T) Σ_i Σ_t m_it new_it
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from megatron_rl.objectives.aggregate import Aggregation
-from megatron_rl.objectives.base import Mean, TokenBatch
+from megatron_rl.objectives.base import TokenBatch
 from megatron_rl.objectives.compose import Terms, TokenSurrogate
+from megatron_rl.objectives.metrics import token_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,5 +27,4 @@ class SupervisedLoss(TokenSurrogate):
         return False
 
     def terms(self, batch: TokenBatch) -> Terms:
-        per_sequence = batch.sum_sequences(batch.log_probs.detach())  # [count]
-        return Terms(batch.log_probs, {"negative_log_likelihood": Mean(-per_sequence.sum(), batch.lengths.sum())})
+        return Terms(batch.log_probs, {"negative_log_likelihood": token_mean(batch, -batch.log_probs)})

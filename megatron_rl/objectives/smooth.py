@@ -1,7 +1,7 @@
 """Surrogates that bend the ratio, or bound a weight, where others stop the gradient. w_it = exp(d_it), d_it = new_it − old_it.
 
     cispo   sg[clip(w, 1−ε_lo, 1+ε_hi)] A new; mean over all tokens             (MiniMax-M1, 2506.13585)
-    sapo    (4/τ) σ(τ(w−1)) A, τ₊ for A > 0, else τ₋                            (soft adaptive policy optimisation)
+    sapo    (4/τ) σ(τ(w−1)) A, τ₊ for A > 0, else τ₋                            (2511.20347)
     gmpo    exp((1/L_i) Σ_t d'_it) A_i, d' = min(d, ε_hi) for A > 0, max(d, −ε_lo) for A < 0    (2507.20673)
     sspo    exp((1/L_i) Σ_t log g(w_it)) A_i, g a smooth bounded gate           (2602.19327, from the abstract)
     cfpo    r A − |A|/(2ε) (r−1)², r the token's or the sequence's ratio        (2601.22801, from the abstract)
@@ -20,7 +20,16 @@ from torch.nn.functional import logsigmoid
 
 from megatron_rl.objectives.aggregate import Aggregation, aggregate
 from megatron_rl.objectives.base import TokenBatch, select
-from megatron_rl.objectives.compose import Level, Needs, SequenceSurrogate, Surrogate, Terms, TokenSurrogate, require_positive
+from megatron_rl.objectives.compose import (
+    Level,
+    Needs,
+    SequenceSurrogate,
+    Surrogate,
+    Terms,
+    TokenSurrogate,
+    require_not_negative,
+    require_positive,
+)
 from megatron_rl.objectives.gspo import RATIO_NEEDS
 from megatron_rl.objectives.metrics import clipped_tokens, sequence_ratio, token_ratio
 
@@ -41,6 +50,10 @@ class WeightClipPolicyLoss(TokenSurrogate):
     clip_low: Annotated[float, "ε_lo: weights are raised to 1 − ε_lo; 1 is no lower bound"] = 1.0
     clip_high: Annotated[float, "ε_hi: weights are cut to 1 + ε_hi"] = 0.28
     aggregation: Annotated[Aggregation, "What the terms are divided by"] = "token_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "clip_low", "clip_high")
 
     def needs(self) -> Needs:
         return RATIO_NEEDS
@@ -88,6 +101,9 @@ class GeometricMeanLoss(SequenceSurrogate):
 
     clip_low: Annotated[float, "Log-ratios are held at −this where the advantage is negative"] = 0.4
     clip_high: Annotated[float, "Log-ratios are held at this where the advantage is positive"] = 0.4
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "clip_low", "clip_high")
 
     def needs(self) -> Needs:
         return RATIO_NEEDS

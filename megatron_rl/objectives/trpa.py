@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_rl.objectives.base import GroupTable, Mean, Metric, TokenBatch
-from megatron_rl.objectives.compose import Needs, Terms
-from megatron_rl.objectives.groups import GroupSurrogate, group_index, halves, pairs
+from megatron_rl.objectives.base import GroupTable, Metric, TokenBatch
+from megatron_rl.objectives.compose import Needs, Terms, require_not_negative, require_positive
+from megatron_rl.objectives.groups import GroupSurrogate, group_index, halves, pair_accuracy, pairs
 from megatron_rl.objectives.metrics import token_mean
 
 PAIRS, AGREEING = "trpa_pairs", "trpa_agreeing"
@@ -34,6 +34,10 @@ class PreferencePairLoss(GroupSurrogate):
     top: Annotated[float, "a: factor on h where the winner has the top level"] = 2.5
     top_reward: Annotated[float | None, "From which reward on the level is the top one; none: the best of the group"] = None
     kl: Annotated[float, "κ: weight of the divergence from `old`, the trust region"] = 1e-3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta", "top")
+        require_not_negative(self, "kl")
 
     def needs(self) -> Needs:
         return Needs(columns=frozenset({"old", "reference"}), scalars=frozenset({"reward"}), groups=True)
@@ -56,7 +60,7 @@ class PreferencePairLoss(GroupSurrogate):
 
     def report(self, batch: TokenBatch) -> dict[str, Metric]:
         """The share of the pairs in which the winner is ahead."""
-        return {"pair_accuracy": Mean(*(torch.where(batch.counts, batch.scalars[n], 0.0).sum() for n in (AGREEING, PAIRS)))}
+        return {"pair_accuracy": pair_accuracy(batch, AGREEING, PAIRS)}
 
     def terms(self, batch: TokenBatch) -> Terms:
         preference = super().terms(batch)

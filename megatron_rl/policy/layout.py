@@ -154,10 +154,14 @@ class Layout:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
-    def largest_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest over the model replicas and over the context ranks, which hold different tokens, in place."""
-        for group in (self.groups.cp, self.groups.dp):
-            dist.all_reduce(values, dist.ReduceOp.MAX, group)
+    def sum_over_data_and_context(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the model replicas and the context ranks, which hold different tokens, in place."""
+        dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def largest_over_data_and_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over the same ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.groups.dp_cp)
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:

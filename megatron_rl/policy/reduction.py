@@ -15,17 +15,20 @@ def reduce_results(results: Sequence[ObjectiveResult], layout: Layout) -> tuple[
     if layout.sees_loss:
         first = results[0].metrics
         names = sorted(first)
-        sums = torch.stack([_vector([result.loss, *_sums(result, names)], result.loss) for result in results]).sum(0)
+        once = layout.context_rank == 0  # of what all context ranks hold alike, the first one's is counted
+        sums = torch.stack([_vector(_counted(result, names, once), result.loss) for result in results]).sum(0)
         extremes = torch.stack([_vector(_extremes(result, names), result.loss) for result in results]).amax(0)
-        loss, *totals = layout.sum_over_data(sums).tolist()
-        largest = layout.largest_over_data(extremes).tolist()
+        loss, *totals = layout.sum_over_data_and_context(sums).tolist()
+        largest = layout.largest_over_data_and_context(extremes).tolist()
         reduced = loss, {name: _finish(first[name], totals, largest) for name in names}
     return layout.object_from_last_stage(reduced)
 
 
-def _sums(result: ObjectiveResult, names: Sequence[str]) -> list[Tensor]:
-    metrics = [result.metrics[name] for name in names]
-    return [number for metric in metrics if not isinstance(metric, Largest | Smallest) for number in metric.sums()]
+def _counted(result: ObjectiveResult, names: Sequence[str], once: bool) -> list[Tensor]:
+    """The loss and the metrics' sums, zero where another rank's are counted."""
+    summed = [m for m in (result.metrics[name] for name in names) if not isinstance(m, Largest | Smallest)]
+    numbers = [(result.loss, False), *((number, metric.partial) for metric in summed for number in metric.sums())]
+    return [number if partial or once else torch.zeros_like(number) for number, partial in numbers]
 
 
 def _extremes(result: ObjectiveResult, names: Sequence[str]) -> list[Tensor]:

@@ -41,6 +41,7 @@ class Keeper(Protocol):
     def carried(self) -> list[str]: ...
     def waiting(self, step: int | None = None) -> list[str]: ...
     def read(self, key: str) -> Group: ...
+    def sealed_keys(self, step: int) -> list[str] | None: ...
     def seal(self, step: int, keys: list[str]) -> None: ...
 
 
@@ -64,13 +65,16 @@ class Position:
     pending: tuple[int, ...] = ()  # of these, the ones that later steps have begun with, place by place
 
 
+BEGINNING = Position()
+
+
 @dataclass
 class Collected:
     """What filled a step."""
 
     step: int
     keys: list[str] = field(default_factory=list)
-    position: Position = Position()  # behind this step: where a resumed run goes on
+    position: Position = BEGINNING  # behind this step: where a resumed run goes on
     thrown: int = 0  # groups whose rewards were all equal
     failed: int = 0  # prompts that gave no group
     cut: int = 0  # responses that go on in the next step
@@ -109,7 +113,7 @@ class Collector:
         plan: Plan,
         *,
         step: int = 0,
-        position: Position = Position(),
+        position: Position = BEGINNING,
     ) -> None:
         """`step` and `position`: where a resumed run goes on."""
         self.prompts, self.strategy, self.floor, self.bank, self.plan = prompts, strategy, floor, bank, plan
@@ -118,14 +122,19 @@ class Collector:
         self._draws, self._pending = position.draws, list(position.pending)
         self._begun = step * plan.groups  # places given to draws
         self._running: dict[int, Drawn] = {}  # by place
+        self._replayed: dict[int, list[str]] = {}
+        self._find_sealed(step)
 
     async def collect(self, step: int) -> Collected:
         """Returns when the step's groups are durable and sealed. With `ahead`, sampling goes on behind it."""
         tally = Collected(step)
+        if step in self._replayed:
+            tally.keys = self._replayed.pop(step)
+            tally.position = self._position()
+            return tally
         await (self._fill_with_first_done(tally) if self.plan.partial else self._fill_in_order(tally))
         self.bank.seal(step, tally.keys)
-        pending = [self._running[place].draw for place in sorted(self._running)]
-        tally.position = Position(self._draws, tuple(pending + self._pending))
+        tally.position = self._position()
         return tally
 
     def updated(self, version: int) -> None:
@@ -142,14 +151,31 @@ class Collector:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _position(self) -> Position:
+        pending = [self._running[place].draw for place in sorted(self._running)]
+        return Position(self._draws, tuple(pending + self._pending))
+
+    def _find_sealed(self, step: int) -> None:
+        """Steps that the bank has and the checkpoint had not: they are learned from as they are. Their draws are used."""
+        used: set[int] = set()
+        while (keys := self.bank.sealed_keys(step)) is not None:
+            self._replayed[step] = keys
+            used |= {draw_of(key) for key in keys}
+            self._begun += self.plan.groups
+            step += 1
+        kept = {draw_of(key) for key in (*self.bank.waiting(), *self.bank.carried())}
+        draws = max([self._draws, *(draw + 1 for draw in used | kept)])
+        done = used | kept if self.plan.partial else used  # first-done steps find what is kept by themselves
+        self._pending = [draw for draw in (*self._pending, *range(self._draws, draws)) if draw not in done]
+        self._draws = draws
+
     # -- in order ------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Draw for every place that may be begun."""
         for _ in range(self._staleness.may_begin(self._begun, self.version)):
             place, self._begun = self._begun, self._begun + 1
-            draw = self._pending.pop(0) if self._pending else None
-            self._running[place] = self._draw(self._staleness.step_of(place), draw)
+            self._running[place] = self._draw(self._staleness.step_of(place))
 
     async def _fill_in_order(self, tally: Collected) -> None:
         """Every place of the step is filled by its own draw, or by the one that replaces it at once."""
@@ -216,21 +242,19 @@ class Collector:
 
     # -- one draw ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, step: int, draw: int | None = None, besides: Container[str] = ()) -> Drawn:
-        """The next draw, or one that was begun before a crash; `besides` are under way already."""
+    def _draw(self, step: int, besides: Container[str] = ()) -> Drawn:
+        """The next draw, first those that were begun before a crash; `besides` are under way already."""
         while True:
-            if draw is None:
-                number, self._draws = self._draws, self._draws + 1
-            else:
-                number = draw
-            prompt = self.prompts.at(number)
-            key = f"{prompt.key}@{number}"
+            draw = self._pending.pop(0) if self._pending else self._draws
+            self._draws = max(self._draws, draw + 1)
+            prompt = self.prompts.at(draw)
+            key = f"{prompt.key}@{draw}"
             if key not in besides:
-                return Drawn(number, key, asyncio.create_task(self._sampled(prompt, key, step)))
+                return Drawn(draw, key, asyncio.create_task(self._sampled(prompt, key, step)))
 
     def _resume(self, key: str, step: int) -> Drawn:
         group = self.bank.read(key)
-        return Drawn(-1, key, asyncio.create_task(self._sampled(group.prompt, key, step, group.samples)))
+        return Drawn(draw_of(key), key, asyncio.create_task(self._sampled(group.prompt, key, step, group.samples)))
 
     async def _sampled(self, prompt: Prompt, key: str, step: int, unfinished: tuple[Sample, ...] = ()) -> Outcome:
         known = [name for name in self.bank.waiting() if name == key or name.startswith(f"{key}/")]
@@ -251,6 +275,11 @@ class Collector:
         """Into the bank, to go on with the next step; one of which nothing is left to keep begins anew there."""
         self.bank.carry(Group(key, prompt, samples, step))
         return Outcome(cut=max(sum(not is_whole(sample) for sample in samples), 1))
+
+
+def draw_of(key: str) -> int:
+    """The draw that a group's key names: prompt@draw, or prompt@draw/part."""
+    return int(key.rpartition("@")[2].partition("/")[0])
 
 
 def _name(key: str, graded: Graded) -> str:

@@ -2,9 +2,11 @@
 
 A server that dies, is quarantined or is updated leaves us the tokens that it has streamed. The rest is asked for with those as
 part of the prompt: given the same weights that draws from the same distribution, and given new ones it is two spans.
+
+A server looks for stop texts in what it generates itself. One that begins in what another has generated is ours to find.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +15,26 @@ from numpy.typing import NDArray
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.replies import Finish, Generation, Piece, Routing, Span, join_spans
 
+type Decode = Callable[[Sequence[int]], str]
+
 
 class Growing:
-    """One response under way."""
+    """One response under way. `decode` turns tokens into text; it is needed where there are stop texts."""
 
-    def __init__(self, prompt: Sequence[int] | NDArray[np.int64], sampling: Sampling) -> None:
+    def __init__(self, prompt: Sequence[int] | NDArray[np.int64], sampling: Sampling, decode: Decode | None = None) -> None:
+        if sampling.stop and decode is None:
+            raise ValueError("stop texts can only be found in responses that go on elsewhere with the tokenizer's decode")
         self._prompt = [int(token) for token in prompt]
         self._sampling = sampling
+        self._decode = decode
+        self._reach = max((len(text.encode()) for text in sampling.stop), default=0)  # tokens that a stop text may take
         self._tokens: list[int] = []
         self._log_probs: list[float] = []
         self._spans: list[Span] = []
-        self._routing: Routing | None = None  # [positions of earlier attempts, layers, chosen]
+        self._routing: Routing | None = None  # [positions of earlier servers, layers, chosen]
         self._cached: int | None = None
+        self._joint = 0  # where the present server began
+        self._stop: int | None = None  # the length at which a stop text that begins before the joint ends
 
     @property
     def length(self) -> int:
@@ -39,14 +49,14 @@ class Growing:
     def full(self) -> bool:
         return self.length >= self._sampling.max_new_tokens
 
-    def rest(self) -> tuple[list[int], Sampling]:
-        """What to ask a server for now.
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has ended across the joint; what came after it is not part of the response."""
+        return self._stop is not None
 
-        A server looks for stop texts in what it generates alone. One that began on a server before and ends on the next
-        would be missed, so as many last tokens as could be its beginning are drawn again.
-        """
-        longest = max((len(text.encode()) for text in self._sampling.stop), default=0)
-        self._keep(max(0, self.length - max(0, longest - 1)))
+    def rest(self) -> tuple[list[int], Sampling]:
+        """What to ask the next server for."""
+        self._joint = self.length
         return [*self._prompt, *self._tokens], replace(
             self._sampling,
             max_new_tokens=self._sampling.max_new_tokens - self.length,
@@ -55,6 +65,7 @@ class Growing:
 
     def absorb(self, piece: Piece) -> None:
         """More of it. The routing of a position is that of the server which sampled what follows it."""
+        before = self.length
         self._tokens += piece.tokens
         self._log_probs += piece.log_probs
         self._spans.append(Span(piece.version, len(piece.tokens)))
@@ -64,27 +75,29 @@ class Growing:
             if self._routing is not None:
                 whole[: len(self._routing)] = self._routing
             self._routing = whole
+        if self._stop is None and self._joint > 0 and self._reach > 0:
+            self._stop = self._seek(before)
 
     def generation(self, finish: Finish) -> Generation:
         """As it is now. Routing that covers only a beginning is worth nothing, and left out."""
-        positions = len(self._prompt) + self.length - 1
-        whole = self._routing is not None and len(self._routing) == positions
+        length = self.length if self._stop is None else self._stop
+        positions = len(self._prompt) + length - 1
+        whole = self._routing is not None and len(self._routing) >= positions
         return Generation(
-            tokens=np.array(self._tokens, dtype=np.int64),
-            log_probs=np.array(self._log_probs, dtype=np.float32),
-            spans=join_spans(self._spans),
-            finish=finish,
-            routing=self._routing if whole else None,
+            tokens=np.array(self._tokens[:length], dtype=np.int64),
+            log_probs=np.array(self._log_probs[:length], dtype=np.float32),
+            spans=join_spans(self._spans, length),
+            finish=finish if self._stop is None else "stop",
+            routing=self._routing[:positions] if whole and self._routing is not None else None,
             cached=self._cached or 0,
         )
 
-    def _keep(self, count: int) -> None:
-        """Forget all tokens but so many."""
-        self._tokens, self._log_probs = self._tokens[:count], self._log_probs[:count]
-        spans, left = [], count
-        for span in self._spans:
-            spans.append(Span(span.version, min(span.length, left)))
-            left -= spans[-1].length
-        self._spans = spans
-        if self._routing is not None:
-            self._routing = self._routing[: max(0, len(self._prompt) + count - 1)]
+    def _seek(self, before: int) -> int | None:
+        """The first length beyond `before` at which a stop text has come about that began before the joint."""
+        assert self._decode is not None
+        first, last = self._joint - self._reach, self._joint + self._reach
+        for length in range(max(before, self._joint) + 1, min(self.length, last) + 1):
+            text = self._decode(self._tokens[max(0, first) : length])
+            if any(stop in text for stop in self._sampling.stop):
+                return length
+        return None

@@ -27,7 +27,7 @@ from megatron_rl.rollout.client import Sampling, new_request
 from megatron_rl.rollout.dispatch import Homes
 from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.growing import Growing
+from megatron_rl.rollout.growing import Decode, Growing
 from megatron_rl.rollout.replies import Finish, Generation
 from megatron_rl.rollout.server import ServerOptions
 from megatron_rl.rollout.suitability import Demands
@@ -58,9 +58,19 @@ class Waiting:
 class Pool:
     """Generates on all servers of its fleet. Use it as a context."""
 
-    def __init__(self, settings: ServerSettings, demands: Demands, *, api_key: str | None = None, version: int = 0) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        demands: Demands,
+        *,
+        api_key: str | None = None,
+        version: int = 0,
+        decode: Decode | None = None,
+    ) -> None:
+        """`version` is that of the weights which servers have at the start; `decode` is needed for stop texts alone."""
         self._settings = settings
         self._demands = demands
+        self._decode = decode
         self._homes = Homes()
         self._queue: deque[Waiting] = deque()
         self._interruptions = 0
@@ -95,7 +105,8 @@ class Pool:
         It comes back whole, or with finish "abort" and what it has by then when sampling is interrupted. A request that a
         server refuses, such as one that is too long, is Refused; one that servers keep failing at is GenerationFailed.
         """
-        growing = Growing(tokens, replace(sampling, piece=self._settings.piece if self._settings.update == "abort" else 1))
+        piece = self._settings.piece if self._settings.update == "abort" else 1
+        growing = Growing(tokens, replace(sampling, piece=piece), self._decode)
         interruptions, failures = self._interruptions, list[ServerError]()
         while not growing.full:
             worker = await self._place(group, growing.weight) if self._interruptions == interruptions else None
@@ -168,7 +179,9 @@ class Pool:
             async for piece in pieces:
                 growing.absorb(piece)
                 if piece.finish is not None:
-                    return piece.finish
+                    return "stop" if growing.stopped else piece.finish
+                if growing.stopped:  # an abort brings the rest of what was computed, and the routing with it
+                    await worker.client.abort(request)
         raise AssertionError("a stream ends with its response, or with an error")
 
     async def _after_failure(self, failures: Sequence[ServerError], interruptions: int) -> None:

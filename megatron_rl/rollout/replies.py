@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,14 +164,15 @@ def gather(pieces: Sequence[Piece]) -> Generation:
     )
 
 
-def join_spans(spans: Any) -> tuple[Span, ...]:
-    """Neighbours of one version as one span; empty ones dropped."""
+def join_spans(spans: Iterable[Span], length: int | None = None) -> tuple[Span, ...]:
+    """Neighbours of one version as one span, empty ones dropped; of the first `length` tokens, if given."""
     joined: list[Span] = []
     for span in spans:
+        own = span.length if length is None else min(span.length, length - sum(each.length for each in joined))
         if joined and joined[-1].version == span.version:
-            joined[-1] = Span(span.version, joined[-1].length + span.length)
-        elif span.length:
-            joined.append(span)
+            joined[-1] = Span(span.version, joined[-1].length + own)
+        elif own:
+            joined.append(Span(span.version, own))
     return tuple(joined)
 
 

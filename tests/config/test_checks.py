@@ -1,11 +1,12 @@
 """Combinations that cannot work: each is refused with the settings' names, its own reason and a fix."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from megatron_rl.config.architecture import LatentAttention
-from megatron_rl.config.checks import RULES, check, require_valid
+from megatron_rl.config.checks import RULES, WARNINGS, check, require_valid, warnings
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.rules.case import Case
@@ -241,6 +242,44 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 4, "layout.pipeline=4 recompute.mode=full recompute.method=block recompute.layers=3",
         "recompute.layers = 3 with recompute.method = block: no rank runs more than 2 layers", "at most 2",
     ),
+    # data
+    "weights of some sources": (
+        "dense", 1, 'data.sources=[{"path":"a.jsonl","weight":1},{"path":"b.jsonl"}]',
+        "data.sources: b.jsonl has no weight", "every source, or to none",
+    ),
+    "template of nobody": (
+        "dense", 1, "data.template=none data.chat_template=own.jinja",
+        "data.chat_template = own.jinja with data.template = none", "data.template=chat",
+    ),
+    "two questions": (
+        "dense", 1, 'data.sources=[{"path":"a.jsonl","prompt":"p","messages":"m"}]',
+        "data source a.jsonl: prompt and messages are set", "Keep one",
+    ),
+    # sampling
+    "episodes of nobody": (
+        "dense", 1, "sampling.strategy=episodes",
+        "sampling.strategy = episodes with sampling.environment = null", "Name one",
+    ),
+    "environment of nobody": (
+        "dense", 1, "sampling.environment=mine:Game",
+        "sampling.environment = mine:Game with sampling.strategy = grouped", "episodes or turn_groups",
+    ),
+    "partial and ahead": (
+        "dense", 1, "sampling.partial=true sampling.ahead=2",
+        "sampling.ahead = 2 with sampling.partial = true", "sampling.ahead=0",
+    ),
+    "samples longer than packs": (
+        "dense", 1, "sampling.max_tokens=9000",
+        "sampling.max_tokens = 9000 with batch.max_tokens = 8192", "at most 8192",
+    ),
+    "responses too short to be long enough": (
+        "dense", 1, "sampling.min_new_tokens=2000",
+        "sampling.min_new_tokens = 2000 with sampling.max_new_tokens = 1024", "at most 1024",
+    ),
+    "more minibatches than groups": (
+        "dense", 1, "batch.minibatches=33",
+        "batch.minibatches = 33 with sampling.groups = 32", "at most 32",
+    ),
 }  # fmt: skip
 
 SPECIAL = {
@@ -340,3 +379,32 @@ def test_all_problems_are_raised_together() -> None:
         require_valid(settings, DENSE, 4)
     assert str(caught.value).splitlines() == check(settings, DENSE, 4)
     assert len(check(settings, DENSE, 4)) > 3
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+
+OLD_OF_THE_ENGINE = "objective.old_log_probs=rollout"
+# id: (overrides, words of the warning, or None)
+UNWISE: dict[str, tuple[str, str | None]] = {
+    "the engine's log-probs in FP8": (
+        f"{SIMULATED} {OLD_OF_THE_ENGINE}",
+        "objective.old_log_probs = rollout with precision.fp8 = simulated: .*Set objective.old_log_probs=recompute",
+    ),
+    "the engine's log-probs in bfloat16": (OLD_OF_THE_ENGINE, None),
+    "recomputed in FP8": (SIMULATED, None),
+    "drawn from a part": ("sampling.top_p=0.9 sampling.top_k=50", r"sampling.top_p = 0.9 and sampling.top_k = 50: .*Ratios"),
+    "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
+}
+
+
+@pytest.mark.parametrize("overrides, said", UNWISE.values(), ids=UNWISE)
+def test_what_is_unwise_is_allowed_with_a_warning(overrides: str, said: str | None) -> None:
+    settings = load_settings(None, ["policy.config=model", *overrides.split()])
+    require_valid(settings, DENSE, 1)
+    told = warnings(settings, DENSE, 1)
+    assert told == [] if said is None else len(told) == 1 and re.match(said, told[0])
+
+
+def test_every_warning_is_called_for_by_a_case() -> None:
+    cases = [load_settings(None, ["policy.config=model", *overrides.split()]) for overrides, said in UNWISE.values() if said]
+    assert all(any(list(rule(Case(settings, DENSE, 1))) for settings in cases) for rule in WARNINGS)

@@ -70,7 +70,7 @@ def test_dry_run_of_235b_shows_every_layer_and_rank_once() -> None:
     parts = rows(result.output, "ranks")
     assert sorted(rank for row in parts for rank in numbers(row[0])) == list(range(32))
     assert [expert for row in parts for expert in numbers(row[2])] == list(range(128))
-    assert len(result.output.splitlines()) < 110  # settings and layout: two screens
+    assert len(result.output.splitlines()) < 150  # settings and layout: two tall screens
 
 
 def test_ranks_shows_every_rank() -> None:
@@ -86,7 +86,10 @@ def test_dry_run_shows_what_differs_from_the_defaults(recipe: Path) -> None:
     assert "lr = 2e-06 *  (default 1e-06)" in output
     assert "min_lr = 0.0\n" in output
     shown = [line.strip("│├└─ ").split(" = ")[0] for line in output.splitlines() if " = " in line]
-    assert set(shown) >= {name.rpartition(".")[2] for name in setting_fields()}
+    assert set(shown) >= {name.rpartition(".")[2] for name in setting_fields() if name.startswith("optimizer.")}
+    whole = [line.split()[1] for line in output.splitlines() if "(all as by default)" in line]
+    every = {name.rpartition(".")[0] for name in setting_fields()}
+    assert "optimizer" not in whole and set(whole) | {"optimizer", "policy", "precision", "batch", "run"} >= every
 
 
 def test_dry_run_without_a_world_size_takes_the_smallest(recipe: Path) -> None:
@@ -117,6 +120,12 @@ def test_many_groups_are_cut_short_and_say_so(tmp_path: Path) -> None:
         (["RECIPE", "layout.lr=2", "--dry-run"], "error: command line: unknown setting layout.lr. Did you mean optimizer.lr?"),
         (["RECIPE", "layout.expert=3", "--dry-run"], "error: layout.expert = 3: the model's 8 experts"),
         (["RECIPE", "policy.config=nowhere", "--dry-run"], "nowhere"),
+        (
+            ["RECIPE", "objective.surrogate=gsop", "--dry-run"],
+            "error: objective.surrogate = gsop: no surrogate is called 'gsop'; did you mean",
+        ),
+        (["RECIPE", "objective.surrogate=gsop", "layout.world_size=2"], "error: objective.surrogate = gsop"),
+        (["RECIPE", "objective.options.clip_lo=1e-4", "--dry-run"], "error: objective.options.clip_lo = 0.0001: "),
         (["RECIPE", "--ranks"], "error: --ranks shows the layout of a dry run. Add --dry-run."),
     ],
 )
@@ -126,6 +135,13 @@ def test_wrong_settings_end_with_a_message_and_code_2(recipe: Path, arguments: l
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+
+
+def test_what_is_unwise_is_said_once(recipe: Path) -> None:
+    result = run("train", recipe, "precision.fp8=simulated", "objective.old_log_probs=rollout", "--dry-run")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: objective.old_log_probs = rollout with precision.fp8 = simulated: ")
 
 
 def test_training_checks_the_settings_before_it_starts(recipe: Path, tmp_path: Path) -> None:

@@ -145,9 +145,10 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is tuple:
-        return st.lists(values_of(arguments[0]), max_size=5).map(tuple)
+        return st.lists(values_of(arguments[0]), max_size=2).map(tuple)
     if origin is dict:
-        return st.dictionaries(WORDS, st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner)))
+        nested = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner), max_leaves=3)
+        return st.dictionaries(WORDS, nested if arguments[1] is Any else values_of(arguments[1]), max_size=2)
     if issubclass(annotation, BaseModel):
         return st.fixed_dictionaries({name: values_of(f.annotation, f.metadata) for name, f in annotation.model_fields.items()})
     if annotation is str:
@@ -156,11 +157,11 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
         return PATHS.filter(lambda path: not path.exists())
     if annotation is bool:
         return st.booleans()
-    limits = {name: getattr(limit, name) for limit in metadata for name in ("gt", "ge", "lt") if hasattr(limit, name)}
-    low, high, above = limits.get("gt", limits.get("ge")), limits.get("lt"), "gt" in limits
+    limits = {name: getattr(limit, name) for limit in metadata for name in ("gt", "ge", "lt", "le") if hasattr(limit, name)}
+    low, high, above = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le")), "gt" in limits
     if annotation is int:
         return st.integers(min_value=None if low is None else low + above)
-    return st.floats(low, high, exclude_min=above, exclude_max=high is not None, allow_nan=False, allow_infinity=False)
+    return st.floats(low, high, exclude_min=above, exclude_max="lt" in limits, allow_nan=False, allow_infinity=False)
 
 
 ALL_SETTINGS = st.fixed_dictionaries(

@@ -54,7 +54,7 @@ def test_options_survive_saving(tmp_path: Path) -> None:
 
 
 def test_the_open_settings_are_those_that_hold_options() -> None:
-    assert open_names() == {"objective.options", "objective.advantage_options"}
+    assert open_names() == {"objective.options", "objective.advantage_options", "sampling.environment_options"}
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,8 @@ def run(objective: Objective, samples: Sequence[Sample], layout: Layout | None =
             slopes = slopes if taken is None else taken
         outside = slopes[~micro_batch.batch.mask]
         assert torch.equal(outside, torch.zeros_like(outside))
-        assert not any(number.requires_grad for m in result.metrics.values() for number in vars(m).values())
+        numbers = [number for m in result.metrics.values() for number in vars(m).values() if isinstance(number, Tensor)]
+        assert not any(number.requires_grad for number in numbers)
         for place, i in enumerate(micro_batch.samples):
             gradient[i] = slopes[micro_batch.batch.mask & (micro_batch.batch.segments == place)].tolist()
     return Outcome(Answer(loss, gradient), results)

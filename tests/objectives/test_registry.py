@@ -13,7 +13,6 @@ from megatron_rl.objectives.registry import (
     build_advantage,
     build_objective,
     describe,
-    refuse_pair,
 )
 from tests.objectives.samples import sample_of
 from tests.objectives.steps import run
@@ -68,7 +67,9 @@ def test_defaults_are_the_papers(name: str, option: str) -> None:
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: build_objective("gsppo"), "did you mean 'gspo'"),
-    (lambda: build_objective("quux_and_more"), "gspo, "),
+    (lambda: build_objective("gpso"), "did you mean 'gspo', .*'gtpo'"),
+    (lambda: build_objective("GSPO"), "did you mean 'gspo'"),
+    (lambda: build_objective("quux_and_more"), "there are gspo, "),
     (lambda: build_advantage("rlo"), "did you mean 'rloo'"),
     (lambda: build_objective("gspo", weights=[("icepopp", {})]), "did you mean 'icepop'"),
     (lambda: build_objective("gspo", penalties=[("kl_los", {})]), "did you mean 'kl_loss'"),
@@ -84,6 +85,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: build_objective("rebel", weights=[("opsm", {})]), "pairs or groups"),
     (lambda: build_objective("gspo", weights=[("opsm", {}), ("opsm", {})]), "more than once"),
     (lambda: build_objective("grpo", weights=[("icepop", {"low": 2.0, "high": 1.0})]), "low=2.0 is above high=1.0"),
+    (lambda: build_objective("gtpo", weights=[("gtpo_conflict", {})]), "gtpo does itself what weight gtpo_conflict does"),
+    (lambda: build_objective("gtpo", weights=[("gtpo_entropy", {})]), "gtpo does itself what weight gtpo_entropy does"),
     (lambda: build_objective("gspo", penalties=[("overlong", {"longest": 10, "buffer": 20})]), "buffer=20"),
     (lambda: build_objective(f"{OWN}:Missing"), "Missing"),
     (lambda: build_objective("no_such_package.at_all:Loss"), "no_such_package"),
@@ -100,37 +103,42 @@ def test_refused(build: Callable[[], object], said: str) -> None:
         build()
 
 
-SENSELESS: list[tuple[str | None, str, dict[str, Any], bool, str]] = [
-    ("opo", "gspo", {}, False, "policy itself"),
-    (None, "gspo", {}, True, "needs an advantage"),
-    ("grpo", "sft", {}, True, "takes no advantage"),
-    ("grpo", "rebel", {}, True, "takes no advantage"),
-    ("per_turn", "gspo", {}, True, "gspo_token"),
-    ("per_turn", "gspo_token", {"weights": [("opsm", {})]}, True, "opsm"),
-    (None, "trpa", {}, True, "trpa compares with a reference"),
-    (None, "agro", {}, True, "agro compares with a reference"),
-    ("grpo", "gspo", {"penalties": [("kl_loss", {})]}, True, "kl_loss compares with a reference"),
-    ("grpo", "gspo", {"penalties": [("kl_reward", {})]}, True, "kl_reward compares with a reference"),
-]
+# Options that would turn a bound, a weight or a penalty upside down, or divide nothing by nothing.
+UPSIDE_DOWN = {
+    **{
+        (name, side): -0.1
+        for name in ("gspo", "gspo_token", "luspo", "grpo", "dapo", "gmpo")
+        for side in ("clip_low", "clip_high")
+    },
+    **{("abc", f"epsilon_{k}"): -0.1 for k in (1, 2, 3, 4)},
+    **{("dhpo", f"{branch}_clip_{side}"): -0.1 for branch in ("token", "sequence") for side in ("low", "high")},
+    ("cispo", "clip_high"): -0.1,
+    ("cfpo", "epsilon"): 0.0,
+    ("sapo", "tau_positive"): 0.0,
+    ("sspo", "tau_negative"): 0.0,
+    ("gtpo", "gamma"): -0.1,
+    ("trpa", "beta"): 0.0,
+    ("trpa", "kl"): -0.1,
+    ("rebel", "eta"): 0.0,
+    ("agro", "beta"): 0.0,
+    ("opsm", "delta"): -0.1,
+    ("egsw", "temperature"): 0.0,
+    ("tis", "cap"): 0.0,
+    ("kl_loss", "coefficient"): -0.1,
+    ("kl_reward", "coefficient"): -0.1,
+    ("overlong", "factor"): -0.1,
+}
 
 
-@pytest.mark.parametrize(("advantage", "surrogate", "more", "on_policy", "said"), SENSELESS)
-def test_senseless_pairs(advantage: str | None, surrogate: str, more: dict[str, Any], on_policy: bool, said: str) -> None:
-    chosen = build_advantage(advantage) if advantage else None
-    with pytest.raises(ValueError, match=said):
-        refuse_pair(chosen, build_objective(surrogate, **more), reference=False, on_policy=on_policy)
-
-
-def test_sensible_pairs() -> None:
-    """Any advantage runs with any surrogate that reads one, if there is a reference and one step a rollout."""
-    for surrogate in SURROGATES:
-        objective: Any = build_objective(surrogate)
-        reads = "advantage" in objective.needs_scalars
-        for name in ADVANTAGES if reads else [None]:
-            if name == "per_turn" and not objective.surrogate.reads_token_advantages:
-                continue
-            refuse_pair(build_advantage(name) if name else None, objective, reference=True, on_policy=True)
-    refuse_pair(build_advantage("grpo"), build_objective("gspo"), reference=False, on_policy=False)
+def test_options_that_turn_things_upside_down() -> None:
+    """Whatever has the option: the surrogate, weight, penalty or advantage of that name."""
+    for (name, option), value in UPSIDE_DOWN.items():
+        cls = next(table[name] for table in (SURROGATES, WEIGHTS, PENALTIES) if name in table)
+        with pytest.raises(ValueError, match=f"{name}: {option}={value} must"):
+            cls(**{option: value})
+    for name in ("grpo", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "per_turn"):
+        with pytest.raises(ValueError, match=f"{name}: epsilon=0.0 must be above 0"):
+            build_advantage(name, {"epsilon": 0.0})
 
 
 def test_what_is_missing_is_said() -> None:

@@ -69,6 +69,35 @@ def test_gradient_is_that_of_the_value(case: Case) -> None:
     assert torch.autograd.gradcheck(loss, rows)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.true_gradient], ids=str)
+def test_gradient_is_that_of_the_value_with_the_rest_held(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where gradients are stopped: what is detached is kept as it was at the point of the derivative."""
+    samples = random_samples(random.Random(5), groups=2, size=3, spread=0.4)
+    objective = build_objective(case.surrogate, case.options)
+    (micro_batch,) = lay_out(samples, Layout(after=0))
+    held: list[torch.Tensor] = []
+
+    def loss(log_probs: torch.Tensor) -> torch.Tensor:
+        batch = replace(micro_batch.batch, log_probs=log_probs)
+        kept = iter(list(held))  # none yet at the first call, which notes them
+
+        def hold(values: torch.Tensor) -> torch.Tensor:
+            if (before := next(kept, None)) is not None:
+                return before
+            with torch.no_grad():
+                held.append(values.clone())
+            return held[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "detach", hold)
+            value: torch.Tensor = objective(batch).loss
+        return value
+
+    point = micro_batch.leaf.detach().requires_grad_()
+    assert loss(point).requires_grad and held
+    assert torch.autograd.gradcheck(loss, point)
+
+
 def whole_loss(objective: Any, samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """The loss of a step as a function of the log-probs, with the pass over groups made anew for each value."""
     moved = [replace(sample, new=row.tolist()) for sample, row in zip(samples, rows, strict=True)]
@@ -96,6 +125,7 @@ CLIPPED = [
     ("grpo", EXACT, PESSIMISTIC),
     ("grpo", {**EXACT, "dual_clip": 2.0}, PESSIMISTIC | {(-1, "above")}),
     ("dapo", EXACT, PESSIMISTIC),
+    ("dhpo", {f"{branch}_{side}": EXACT[side] for branch in ("token", "sequence") for side in EXACT}, PESSIMISTIC),
     ("gmpo", {"clip_low": -LOW, "clip_high": HIGH}, PESSIMISTIC),
     ("cispo", EXACT, NOWHERE),
     ("abc", {"epsilon_1": 1.0, "epsilon_2": 0.5, "epsilon_3": 1.0, "epsilon_4": 0.5}, EVERYWHERE),
@@ -118,3 +148,16 @@ def test_quadrants_and_ties(
         changes = name == "cispo"
         reported = metric(outcome, "clip_fraction")
         assert reported == (1.0 if beyond and ((sign, side) in off or changes) else 0.0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("branch", ["token", "sequence"])
+def test_branches_of_dhpo_are_clipped_each_by_itself(branch: str, sign: int) -> None:
+    """Beyond the bounds of one branch the other's half of the gradient is left."""
+    other = "sequence" if branch == "token" else "token"
+    wide = {f"{other}_clip_low": 0.9, f"{other}_clip_high": 9.0}
+    objective = build_objective("dhpo", {**wide, **{f"{branch}_{side}": bound for side, bound in EXACT.items()}})
+    edge, out = (HIGH, STEP) if sign > 0 else (LOW, -STEP)
+    for move, share in ((0.0, 1.0), (out, 0.5)):
+        outcome = run_whole(objective, [sample_of([edge + move], float(sign))])
+        assert outcome.answer.gradient[0][0] == pytest.approx(-sign * share * math.exp(edge), rel=1e-8)

@@ -135,6 +135,7 @@ def test_mismatch_is_always_reported() -> None:
     outcome = run(build_objective("gspo"), samples)
     x = [value for sample in samples for value in rules.mismatch(sample)]
     ratios = [math.exp(value) for value in x]
+    gaps = [new - reference for sample in samples for new, reference in zip(sample.new, sample.reference, strict=True)]
     expected = {
         "mismatch_k1": -mean(x),
         "mismatch_k3": mean([math.exp(value) - 1 - value for value in x]),
@@ -146,6 +147,8 @@ def test_mismatch_is_always_reported() -> None:
         "entropy": mean([value for sample in samples for value in sample.entropy]),
         "old_k1": -mean([d for sample in samples for d in sample.differences]),
         "old_k3": mean([math.exp(d) - 1 - d for sample in samples for d in sample.differences]),
+        "reference_k1": mean(gaps),
+        "reference_k3": mean([math.exp(-gap) - 1 + gap for gap in gaps]),
     }
     assert {name: metric(outcome, name) for name in expected} == pytest.approx(expected)
 

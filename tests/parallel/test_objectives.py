@@ -8,6 +8,7 @@ from tests.parallel.objective_jobs import PACKS, Seen, objectives
 
 RANKS = (2, 4)
 FLOAT32 = 4  # bytes
+MOST_EXCHANGES = 6  # a pack: what the surrogate and its weight need (dhpo by entropy: 3), shares of clips, the perplexity
 TOLERANCE = 2e-5  # float32 sums of up to a few dozen numbers, in another order
 
 
@@ -46,3 +47,12 @@ def test_only_one_number_a_sequence_crosses_ranks(ranks: int, seen: dict[int, li
             assert objective.crossed, name
             wrong = [(size, count) for size, count in objective.crossed if size != FLOAT32 * count]
             assert not wrong, f"{name} summed {wrong} bytes over ranks, for so many sequences"
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_metrics_cost_hardly_an_exchange(ranks: int, seen: dict[int, list[dict[str, Seen]]]) -> None:
+    """Sums over tokens are added up over ranks once a step, with those of other replicas, and not pack by pack."""
+    for rank in seen[ranks]:
+        exchanges = {name: len(objective.crossed) / len(PACKS) for name, objective in rank.items()}
+        assert exchanges["gspo"] == 2  # its ratio, and the perplexity
+        assert {name: count for name, count in exchanges.items() if count > MOST_EXCHANGES} == {}

@@ -1,5 +1,6 @@
 """Tiny checkpoints that a real SGLang server loads: weights, config and a tokenizer made on the spot."""
 
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from megatron_rl.data.tokenizer import Tokenizer as ModelTokenizer
 from tests.reference.tiny import write_tiny_config
 
 END = 2  # <|im_end|>
@@ -61,3 +63,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT
     return fast
+
+
+@cache
+def saved_tokenizer() -> ModelTokenizer:
+    """The same, read back as a run reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_tokenizer().save_pretrained(folder)
+        return ModelTokenizer(folder)

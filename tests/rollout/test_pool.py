@@ -23,6 +23,7 @@ from megatron_rl.rollout.server import free_ports
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.worker import Worker
 from tests.faults.proxy import Proxy
+from tests.reference.tiny_checkpoint import tiny_tokenizer
 from tests.rollout.talk import PROMPT, SECONDS, reference_log_probs
 from tests.servers import SHAPE, VOCABULARY, TinyServer
 
@@ -31,12 +32,17 @@ DEMANDS = Demands("qwen3_moe", VOCABULARY, SHAPE)
 PATIENT: dict[str, Any] = {"probe_seconds": 0.2, "answer_seconds": 5.0, "silence_seconds": 10.0, "piece": 4}
 
 
+def decode(tokens: Sequence[int]) -> str:
+    text: str = tiny_tokenizer().decode(list(tokens))
+    return text
+
+
 def with_pool[T](server: TinyServer, work: Callable[[Pool], Awaitable[T]], demands: Demands = DEMANDS, **settings: Any) -> T:
     """Run something on a pool that has the shared server, and leave that server as it was."""
 
     async def run() -> T:
         own = ServerSettings(**{"urls": (server.server.url,), **PATIENT, **settings})
-        async with asyncio.timeout(SECONDS), Pool(own, demands) as pool:
+        async with asyncio.timeout(SECONDS), Pool(own, demands, decode=decode) as pool:
             await pool.begin()
             try:
                 return await work(pool)
@@ -135,7 +141,7 @@ def test_a_stop_text_is_found_across_an_update(tiny_server: TinyServer) -> None:
     async def stop(pool: Pool) -> tuple[Generation, list[Generation]]:
         greedy = Sampling(60, temperature=0.0, ignore_end=True)
         free = await pool.generate(PROMPT, greedy, group="g")
-        text = tokenizer_text(free.tokens[40:43].tolist())
+        text = decode(free.tokens[40:43].tolist())
         running = [asyncio.create_task(pool.generate(PROMPT, replace(greedy, stop=(text,)), group="g")) for _ in range(4)]
         for version in range(1, 6):
             await asyncio.sleep(0.03)
@@ -149,13 +155,6 @@ def test_a_stop_text_is_found_across_an_update(tiny_server: TinyServer) -> None:
         assert response.finish == "stop"
         assert response.tokens.tolist() == free.tokens[:length].tolist()
         assert sum(span.length for span in response.spans) == length
-
-
-def tokenizer_text(tokens: list[int]) -> str:
-    from tests.reference.tiny_checkpoint import tiny_tokenizer
-
-    text: str = tiny_tokenizer().decode(tokens)
-    return text
 
 
 def test_an_update_that_fails_leaves_no_server_at_work(tiny_server: TinyServer) -> None:

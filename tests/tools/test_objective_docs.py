@@ -29,6 +29,7 @@ def test_everything_has_a_formula_and_describes_its_options() -> None:
     entries = catalogue()
     assert {(entry.kind, entry.name) for entry in entries} == {(kind, name) for kind, table in KINDS.items() for name in table}
     assert [entry.name for entry in entries if not entry.formula or not entry.text] == []
+    assert [entry.name for entry in entries if not entry.papers and "no " not in entry.source] == []  # none, and it says so
     assert [f"{entry.name}.{option.name}" for entry in entries for option in entry.options if not option.text] == []
 
 
@@ -37,7 +38,7 @@ def test_a_row_of_a_table_is_told_from_its_neighbours() -> None:
     lines = entry.formula.splitlines()
     assert lines == ["clip(w, 1−ε2, 1+ε1) A for A > 0, clip(w, 1−ε4, 1+ε3) A for A < 0, no min:", lines[1]]
     assert lines[1] == "no gradient outside, in all four quadrants"
-    assert entry.papers == ("2601.03895",)
+    assert entry.papers == ("2601.03895",) and entry.source == "ABC-GRPO arXiv 2601.03895"
 
 
 @pytest.mark.parametrize("name, low, high", [("gspo", 3e-4, 4e-4), ("grpo", 0.2, 0.2)])

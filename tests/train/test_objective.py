@@ -64,7 +64,7 @@ def test_parts_get_their_options() -> None:
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_can_be_asked_for(name: str) -> None:
     reads = "advantage" in SURROGATES[name]().needs_scalars
-    build(settings(surrogate=name, advantage="grpo" if reads else None, reference="initial"))
+    build(settings(surrogate=name, advantage="grpo" if reads else None, reference="initial", on_policy=name == "gtpo"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_every_surrogate_can_be_asked_for(name: str) -> None:
         ({"options": {"clip_lo": 1e-4}}, r"objective\.options\.clip_lo = 0\.0001: .* did you mean 'clip_low'\?"),
         ({"options": {"clip_low": "x"}}, r"objective\.options\.clip_low = x: .* not a finite number"),
         ({"surrogate": "gsop"}, r"objective\.surrogate = gsop: .* did you mean 'gspo'\?"),
-        ({"advantage": "gpro"}, r"objective\.advantage = gpro: .* did you mean 'grpo'\?"),
+        ({"advantage": "gpro"}, r"objective\.advantage = gpro: .* did you mean 'grpo' or 'gdpo'\?"),
         ({"advantage_options": {"epsilom": 1.0}}, r"objective\.advantage_options\.epsilom = 1\.0: .*'epsilon'"),
         ({"advantage": None, "advantage_options": {"epsilon": 1.0}}, r"advantage_options are set and .* null"),
         ({"advantage": None}, r"gspo needs an advantage"),
@@ -87,6 +87,8 @@ def test_every_surrogate_can_be_asked_for(name: str) -> None:
         ({"weights": [{"name": "tis"}]}, r"objective: weight tis has a factor for each token"),
         ({"surrogate": "rebel"}, r"'grpo' would do nothing. Set the advantage to null"),
         ({"advantage": "opo"}, r"objective: advantage 'opo' .*on_policy"),
+        ({"surrogate": "gtpo", "advantage": "dr_grpo"}, r"objective: gtpo has a ratio that is always 1.*on_policy"),
+        ({"options": {"clip_low": -1e-4}}, r"objective: gspo: clip_low=-0\.0001 must not be below 0"),
         (
             {"weights": [{"name": "sequence_weight"}], "old_log_probs": "rollout"},
             r"objective\.weights: sequence_weight corrects .*old_log_probs = rollout",

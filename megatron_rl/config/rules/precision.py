@@ -41,6 +41,18 @@ def delayed_scaling_has_no_fixed_ratios(case: Case) -> Iterator[str]:
         )
 
 
+def old_log_probs_of_fp8(case: Case) -> Iterator[str]:
+    """A warning: the one place where the rounding of FP8 gets into ratios."""
+    precision, objective = case.settings.precision, case.settings.objective
+    if precision.fp8 != "off" and objective.old_log_probs == "rollout" and not objective.on_policy:
+        yield problem(
+            f"objective.old_log_probs = rollout with precision.fp8 = {precision.fp8}",
+            "importance ratios then hold the difference between the roundings of trainer and rollout engine, a mean log-ratio "
+            "of up to 0.06 where one of them is in FP8: as wide as 200 clip windows of GSPO, which would clip at random",
+            "Set objective.old_log_probs=recompute, and meet the mismatch with a weight (sequence_weight, geometric_mask)",
+        )
+
+
 def skipped_layers_leave_some(case: Case) -> Iterator[str]:
     precision, layers = case.settings.precision, case.architecture.layers
     if precision.fp8 != "off" and precision.fp8_skip_first_layers + precision.fp8_skip_last_layers >= layers:
@@ -115,3 +127,5 @@ RULES: tuple[Rule, ...] = (
     skipped_layers_stay_in_a_stage,
     fp8_sides_are_aligned,
 )
+
+WARNINGS: tuple[Rule, ...] = (old_log_probs_of_fp8,)

@@ -77,7 +77,9 @@ class Episodes:
             seen = await stepped(environment, self.chat.text(answer))
             expected = trajectory.tokens[segment.start : segment.stop]
             if seen.done or self.chat.continuation(seen.messages, answer) != expected:
-                logger.warning("%s: %s answered otherwise than before: the episode begins again", prompt.key, environment)
+                logger.warning(
+                    "%s: %s answered otherwise than before: the episode begins again", prompt.key, type(environment).__name__
+                )
                 return Trajectory.begin(prompt.tokens), await started(self.make_environment, prompt)
         return trajectory, environment
 

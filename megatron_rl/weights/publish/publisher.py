@@ -22,7 +22,7 @@ from typing import Self
 import torch
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import PublishSettings
+from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.weights.publish.crew import Crew, Tell
 from megatron_rl.weights.publish.errors import WrongWeights
 from megatron_rl.weights.publish.files import choose_folder, is_here, make_folder
@@ -92,7 +92,7 @@ class Publisher:
         self.wire = Wire(weights.weight_map, dtype, quantizer)
         self.version: int | None = None  # of the last publish
         self._kept: Path | None = None  # the files of that version, where they are kept
-        self._given: dict[str, int] = {}  # server -> the version that it got from us
+        self.given: dict[str, int] = {}  # server -> the version that it got from us
         self._units = units(weights.weight_map, weights.dtype)
         vocabulary = weights.weight_map.architecture.vocab
         self._sequences = probe_sequences(vocabulary, settings.probe_sequences, settings.probe_tokens)
@@ -139,7 +139,7 @@ class Publisher:
                     gate = await stack.enter_async_context(HeldGate(version, crew, halt, current))
                 outcomes |= {outcome.url: outcome for outcome in await self._ship(shipment, servers, gate, here)}
         self.version = version
-        self._given |= {url: version for url, outcome in outcomes.items() if outcome.result == "updated"}
+        self.given |= {url: version for url, outcome in outcomes.items() if outcome.result == "updated"}
         return Report(version, way, self.bytes, time.monotonic() - started, tuple(outcomes.values()))
 
     @property
@@ -179,7 +179,7 @@ class Publisher:
 
     def _has(self, look: Look, version: int) -> bool:
         """Did it get this version from us, and has it not been started anew since?"""
-        return self._given.get(look.target.url) == version == look.version
+        return self.given.get(look.target.url) == version == look.version
 
     def _owners(self, way: Way, due: Sequence[Look]) -> list[int]:
         if way == "disk":

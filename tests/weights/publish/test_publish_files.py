@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import PublishSettings
+from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.weights.publish.files import MEMORY, PREFIX, choose_folder, is_here, make_folder, write_bucket
 from megatron_rl.weights.publish.groups import own_address
 from megatron_rl.weights.publish.ports import Target
