@@ -21,43 +21,44 @@ if TYPE_CHECKING:
 FAILED = 1  # exit code when a server does not have the weights
 
 
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A Megatron checkpoint (step_…) or a Hugging Face folder.", show_default=False)
+]
+Servers = Annotated[list[str], typer.Option("--server", metavar="URL", help="A server, http://host:port; may be given again.")]
+Version = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of these weights; default: the checkpoint's step, else one above the servers'.", show_default=False
+    ),
+]
+Travel = Annotated[Literal["auto", "disk", "broadcast", "tensor"], typer.Option(help="How they travel: see docs/publish.md.")]
+Pause = Annotated[Literal["abort", "retract", "in_place"], typer.Option(help="What becomes of requests meanwhile.")]
+Shared = Annotated[
+    Path | None, typer.Option("--shared", metavar="DIR", help="For disk: a folder that the servers see.", show_default=False)
+]
+Dtype = Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Send weights in this format.", show_default=False)]
+Bucket = Annotated[int, typer.Option(min=1, help="Megabytes that travel at once.")]
+Served = Annotated[
+    Path | None, typer.Option("--served", metavar="DIR", help="The model FP8 servers were started with.", show_default=False)
+]
+Like = Annotated[
+    Path | None, typer.Option("--like", metavar="DIR", help="The model the checkpoint was trained from.", show_default=False)
+]
+Key = Annotated[Path | None, typer.Option(metavar="FILE", help="A file that holds the servers' API key.", show_default=False)]
+
+
 def publish(
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="A Megatron checkpoint (step_…) or a Hugging Face folder.", show_default=False),
-    ],
-    server: Annotated[
-        list[str], typer.Option("--server", metavar="URL", help="A server, http://host:port; may be given again.")
-    ],
-    version: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of these weights; default: the checkpoint's step, else one above the servers'.", show_default=False
-        ),
-    ] = None,
-    transport: Annotated[Literal["auto", "disk", "broadcast", "tensor"], typer.Option(help="How they travel.")] = "auto",
-    pause: Annotated[
-        Literal["abort", "retract", "in_place"], typer.Option(help="What becomes of requests meanwhile: see docs/publish.md.")
-    ] = "retract",
-    shared: Annotated[
-        Path | None,
-        typer.Option("--shared", metavar="DIR", help="For disk: a folder that the servers see.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Send weights in this format.", show_default=False)
-    ] = None,
-    bucket_mb: Annotated[int, typer.Option(min=1, help="Megabytes that travel at once.")] = 512,
-    served: Annotated[
-        Path | None,
-        typer.Option("--served", metavar="DIR", help="The model that FP8 servers were started with.", show_default=False),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option("--like", metavar="DIR", help="The model that the checkpoint was trained from.", show_default=False),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file that holds the servers' API key.", show_default=False)
-    ] = None,
+    folder: Folder,
+    server: Servers,
+    version: Version = None,
+    transport: Travel = "auto",
+    pause: Pause = "retract",
+    shared: Shared = None,
+    dtype: Dtype = None,
+    bucket_mb: Bucket = 512,
+    served: Served = None,
+    like: Like = None,
+    api_key_file: Key = None,
 ) -> None:
     """Push the weights of a checkpoint to SGLang servers that run, without ending them or what they are asked.
 

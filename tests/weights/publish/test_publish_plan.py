@@ -34,7 +34,7 @@ FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
-LAYOUTS = (
+LAYOUTS: tuple[dict[str, int], ...] = (
     {},
     {"tensor": 2},
     {"expert": 2},

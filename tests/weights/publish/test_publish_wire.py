@@ -2,6 +2,7 @@
 
 import pickletools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megatron_rl.weights.publish.wire import Wire, flat_bytes, fp8_quantizer
 from megatron_rl.weights.sources import open_source
 from tests.reference.checkpoint import write_tiny_checkpoint
 
-WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}  # blocks of 128 fit
+WIDE: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}  # blocks of 128 fit
 
 
 def stored(folder: Path) -> StoredWeights:
