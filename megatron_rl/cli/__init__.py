@@ -4,6 +4,7 @@ import typer
 
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
+from megatron_rl.cli.publish import publish
 from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.rollout import rollout
 from megatron_rl.cli.train import train
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(convert)
+app.command(no_args_is_help=True)(publish)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)

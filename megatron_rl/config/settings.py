@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.data_settings import BankSettings, DataSettings
+from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
 from megatron_rl.config.rollout_settings import SamplingSettings, ServerSettings
 from megatron_rl.config.section import Section
@@ -228,6 +229,7 @@ class Settings(Section):
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    publish: PublishSettings = PublishSettings()
     data: DataSettings = DataSettings()
     bank: BankSettings = BankSettings()
     sampling: SamplingSettings = SamplingSettings()

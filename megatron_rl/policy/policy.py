@@ -7,7 +7,7 @@ the packs of its own model replica.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -106,8 +106,12 @@ class Policy:
             packs = level_packs(packs)
         return packs[self.layout.data_rank]
 
-    def log_probs(self, packs: Sequence[Pack], *, entropy: bool = False, everywhere: bool = False) -> list[TokenValues]:
+    def log_probs(
+        self, packs: Sequence[Pack], *, entropy: bool = False, everywhere: bool = False, temperature: float | None = None
+    ) -> list[TokenValues]:
         """Score the packs: float32 log-probs of the tokens that count (or of all, with `everywhere`), one entry a pack.
+
+        At the policy's own temperature, unless another is given.
 
         Ranks that do not see the loss get an empty list. For unchanged weights and the same packs the values are bitwise
         those that `update` sees.
@@ -115,7 +119,7 @@ class Policy:
         batches = self._batches(packs)
         wanted = [Wanted(b.labels, b.labels >= 0 if everywhere else b.mask, entropy) for b in batches]
         with torch.no_grad():
-            outputs = self._run(batches, wanted, loss=None)
+            outputs = self._run(batches, wanted, loss=None, temperature=temperature)
         return [TokenValues(output[0], output[1] if entropy else None) for output in outputs]
 
     def update(
@@ -198,8 +202,9 @@ class Policy:
         names = [_common(given for given in every if given is not None) or () for every in (columns, scalars)]
         return [pack_tensors(pack, self.layout, *names) for pack in packs]
 
-    def _run(self, batches: list[PackTensors], wanted: list[Wanted], loss: Any) -> list[Any]:
+    def _run(self, batches: list[PackTensors], wanted: list[Wanted], loss: Any, temperature: float | None = None) -> list[Any]:
         """Drive Megatron's schedule over the micro-batches; forward alone when there is no loss."""
+        head = self.head if temperature is None else replace(self.head, temperature=temperature)
         chunks = list(self.model.chunks)
         work = list(enumerate(zip(batches, wanted, strict=True)))
         longest = max(batch.tokens.size(1) for batch in batches)
@@ -213,7 +218,7 @@ class Policy:
                 None,
                 packed_seq_params=batch.packed,
                 padding_mask=self._padding_mask(batch, chunk),
-                output_processor=self.head,
+                output_processor=head,
                 output_processor_context=want,
             )
             return output, (partial(loss, index, batch) if loss else lambda values, non_loss_data: values)

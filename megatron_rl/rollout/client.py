@@ -7,8 +7,6 @@ process's memory (so tensors travel by value); an update over a group that the s
 memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
 """
 
-import base64
-import pickle
 import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -194,9 +192,18 @@ class Client:
 
     async def update_from_tensors(self, tensors: Mapping[str, "Tensor"], version: int, tensor_parallel: int = 1) -> None:
         """Send weights by value, under their Hugging Face names. Each tensor-parallel rank gets all and takes its part."""
-        owned = [(name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items()]
-        packed = base64.b64encode(pickle.dumps(owned, protocol=5)).decode("ascii")
+        from megatron_rl.rollout.by_value import by_value  # torch: seconds that other calls need not wait
+
+        packed = by_value(tensors)
         await self._update("/update_weights_from_tensor", {"serialized_named_tensors": [packed] * tensor_parallel}, version)
+
+    async def update_from_handles(self, handles: Sequence[str], version: int) -> None:
+        """Take a flattened bucket from the memory of GPUs that the server shares with us: a handle for each of its ranks.
+
+        `weights.publish.transports.gpu_handle` makes them, of GPU memory alone: a handle of anything else ends the server.
+        """
+        body = {"serialized_named_tensors": list(handles), "load_format": "flattened_bucket"}
+        await self._update("/update_weights_from_tensor", body, version)
 
     async def update_from_distributed(
         self,
@@ -291,6 +298,15 @@ class Client:
         reply = await self._connection.ask("/server_info")
         with self._connection.trusting("/server_info"):
             return replies.read_server_info(reply)
+
+    async def checksums(self) -> list[dict[str, str]] | None:
+        """For each tensor-parallel rank the checksums of its tensors by SGLang's names; None where it computes none (a CPU)."""
+        try:
+            reply = await self._connection.call("/weights_checker", {"action": "checksum"}, self.patience.update)
+        except Refused:
+            return None
+        with self._connection.trusting("/weights_checker"):
+            return replies.read_checksums(reply)
 
     async def _update(self, endpoint: str, body: Mapping[str, Any], version: int) -> None:
         """Weights, whichever way they come. Never with a flush: a queue that is not empty would end the server."""

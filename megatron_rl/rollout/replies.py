@@ -230,6 +230,13 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
     )
 
 
+def read_checksums(reply: Mapping[str, Any]) -> list[dict[str, str]]:
+    ranks = member(reply, "ranks", list)
+    if not all(isinstance(rank, dict) for rank in ranks):
+        raise Untrusted("ranks is not a list of mappings")
+    return [{name: str(value) for name, value in member(rank, "checksums", dict).items()} for rank in ranks]
+
+
 def member[T](reply: Mapping[str, Any], name: str, kind: type[T]) -> T:
     """A field that must be there and of its kind."""
     if name not in reply:

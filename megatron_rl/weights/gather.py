@@ -116,6 +116,8 @@ def gather(
 ) -> Iterator[dict[str, Tensor]]:
     """For each round the HF tensors that this rank wanted, whole, on `device`, in the live weights' own formats.
 
+    What a rank holds whole, in one piece, is not copied: to be read, not to be written to.
+
     `slices` are the live weights of this rank, `dtype` the model's format. All ranks of the default process group call this
     with the same rounds and take every round, also those that bring them nothing: a rank that stops leaves the others
     waiting. The weights must not change meanwhile.
@@ -167,17 +169,25 @@ class _Transfer:
         for work in self._work:
             work.wait()
         self._sent.clear()
-        whole = {}
+        whole = {move.hf: live for move in self._own if (live := self._whole(move)) is not None}
+        copied = [move for move in self._own if move.hf not in whole]
         for name in self._wanted:
             entry = self._map.hf[name]
-            whole[name] = torch.empty(entry.shape, dtype=self._format(entry.rule), device=self._device)
-        for move in self._own:
+            if name not in whole:
+                whole[name] = torch.empty(entry.shape, dtype=self._format(entry.rule), device=self._device)
+        for move in copied:
             _put(whole[move.hf], move, self._box(move))
         for source, moves in self._coming.items():
             message = self._received.pop(source)
             for move, place in zip(moves, self._places(moves), strict=True):
                 _put(whole[move.hf], move, message[place].view(self._format(self._map.rules[move.megatron])))
         return whole
+
+    def _whole(self, move: Move) -> Tensor | None:
+        """The HF tensor itself, where this rank's memory holds all of it in one piece."""
+        shape = self._map.hf[move.hf].shape
+        box = self._box(move) if move.hf_box[1] == shape else None
+        return box.view(shape) if box is not None and box.is_contiguous() and box.device == self._device else None
 
     def _format(self, rule: Rule) -> torch.dtype:
         return torch.float32 if rule.float32 else self._dtype

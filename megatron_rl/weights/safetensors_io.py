@@ -175,7 +175,8 @@ class Planned:
 class TensorFileWriter:
     """Writes a safetensors file of planned tensors: the header at once, then numbers, each where they belong.
 
-    `digest` (of hashlib) is fed with every byte; numbers must then come in the order of the plan.
+    `digest` (of hashlib) is fed with every byte; numbers must then come in the order of the plan. A file that need not outlive
+    a power cut is not `durable`.
     """
 
     def __init__(
@@ -185,8 +186,10 @@ class TensorFileWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         digest: "hashlib._Hash | None" = None,
+        durable: bool = True,
     ) -> None:
         self.path = path
+        self._durable = durable
         self._digest = digest
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._missing = {name: math.prod(tensor.shape) for name, tensor in self._tensors.items()}  # numbers to come
@@ -227,12 +230,13 @@ class TensorFileWriter:
             data, position = data[count:], position + count
 
     def close(self) -> None:
-        """Every number must have been written; then the file is on disk."""
+        """Every number must have been written; then the file is on disk, for good if it is durable."""
         with self._file:
             missing = [name for name, count in self._missing.items() if count]
             if missing:
                 raise ValueError(f"{self.path}: planned tensors were not written: {', '.join(missing[:3])}")
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

@@ -284,4 +284,17 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "servers.host=0.0.0.0",
         "servers.host = 0.0.0.0 without servers.api_key_file", "servers.host=127.0.0.1",
     ),
+    # publish
+    "files of a broadcast": (
+        "dense", 1, "publish.keep_files=true publish.transport=broadcast",
+        "publish.keep_files = true with publish.transport = broadcast", "publish.transport=disk",
+    ),
+    "a file for a folder": (
+        "dense", 1, "publish.folder=README.md",
+        "publish.folder = README.md: this is a file", "Name a folder",
+    ),
+    "probes longer than packs": (
+        "dense", 1, "publish.probe_tokens=9000",
+        "publish.probe_tokens = 9000: the policy takes sequences of 8192", "at most 8192",
+    ),
 }  # fmt: skip

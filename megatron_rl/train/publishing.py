@@ -1,0 +1,90 @@
+"""A policy's weights on their way to servers: what ties the policy, the publisher and the servers' pool together."""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.slices import model_slices
+from megatron_rl.rollout.health import Healthy, Outdated, Suspect
+from megatron_rl.rollout.pool import Pool
+from megatron_rl.types import Sequence as TokenSequence
+from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.hf_files import read_json
+from megatron_rl.weights.map import WeightMap
+from megatron_rl.weights.publish.crew import Tell
+from megatron_rl.weights.publish.live import LiveWeights
+from megatron_rl.weights.publish.ports import Connect, Held, Target
+from megatron_rl.weights.publish.probe import Scores
+from megatron_rl.weights.publish.publisher import Publisher
+from megatron_rl.weights.publish.report import Report
+from megatron_rl.weights.publish.wire import fp8_quantizer
+
+
+def open_publisher(policy: Policy, connect: Connect, served: Path | None = None) -> Publisher:
+    """What publishes a policy's weights, under any layout. Every rank opens it.
+
+    `connect` opens a client for a server's URL: `lambda url: Client(url, policy.architecture.vocab, api_key)`. `served` is the
+    folder of the model that the servers were started with, whose config.json says what they take in FP8.
+    """
+    layout, settings = policy.layout, policy.settings
+
+    def finished_slices() -> Iterator[Slice]:
+        policy.optimizer.gather_weights()
+        return model_slices(policy.model, layout)
+
+    weight_map = WeightMap(policy.architecture)
+    weights = LiveWeights(
+        weight_map,
+        settings.layout,
+        layout.world_size,
+        finished_slices,
+        policy.model.config.params_dtype,
+        layout.device.torch_device,
+    )
+    quantization = read_json(served / "config.json").get("quantization_config") if served is not None else None
+    return Publisher(
+        weights,
+        settings.publish,
+        connect,
+        layout,
+        lambda sequences: score(policy, sequences),
+        pause=settings.servers.update,
+        seconds=settings.servers.update_seconds,
+        machines=-(-layout.world_size // layout.launch.local_world_size),
+        quantizer=fp8_quantizer(weight_map, quantization),
+    )
+
+
+async def publish_to_pool(publisher: Publisher, version: int, pool: Pool | None, tell: Tell | None = None) -> Report:
+    """Bring all servers of a pool to this version; the pool pauses them, takes failures, and lets the others go on.
+
+    Every rank calls it, the main one with the pool.
+    """
+    if pool is None:
+        return await publisher.publish(version, [], tell)
+    fleet = pool.fleet
+
+    @asynccontextmanager
+    async def halt() -> AsyncIterator[Held]:
+        async with fleet.paused(version, publisher.kept(version)) as update:
+            clients = {client.url: client for client in update.clients}
+            yield Held(tuple(clients), lambda url, reason: update.drop(clients[url], reason))
+
+    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
+    return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
+
+
+def score(policy: Policy, sequences: Sequence[Sequence[int]]) -> Scores:
+    """Log-probs of given tokens at temperature 1, token-aligned, the same on every rank."""
+    given = [
+        TokenSequence(index, np.asarray(tokens, np.int64), np.zeros(len(tokens), np.bool_))
+        for index, tokens in enumerate(sequences)
+    ]
+    packs = policy.pack(given)
+    values = policy.log_probs(packs, everywhere=True, temperature=1.0)
+    own = policy.per_sequence(packs, [each.log_probs for each in values])
+    found = {index: array for each in policy.layout.everyone_has(own) for index, array in each.items()}
+    return [found[index] for index in range(len(given))]

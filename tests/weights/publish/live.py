@@ -1,0 +1,130 @@
+"""Help for tests that publish to real servers: policies, requests under way, and what transformers says."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.config.settings import Settings
+from megatron_rl.policy.layout import Launch
+from megatron_rl.policy.policy import Policy
+from megatron_rl.rollout.client import Client, Sampling
+from megatron_rl.rollout.replies import Piece
+from megatron_rl.train.publishing import open_publisher
+from megatron_rl.weights.publish.ports import Connect
+from megatron_rl.weights.publish.publisher import Publisher
+from megatron_rl.weights.publish.report import Report
+from tests.servers import VOCABULARY
+
+CLOSE = 1e-4  # log-probs in float32, by different kernels
+SECONDS = 120.0  # far above what anything here takes: a hang fails
+PROMPT_LENGTH, LONG = 8, 160  # tokens of a request and of its response
+AT_ONCE = 32
+
+
+def settings_of(model: Path, publish: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    return {
+        "policy": {"init": model},
+        "precision": {"dtype": "float32"},
+        "batch": {"max_tokens": 128},
+        "publish": {"bucket_bytes": 100_000, **(publish or {})},  # several buckets
+        **sections,
+    }
+
+
+def connect(url: str) -> Client:
+    return Client(url, VOCABULARY)
+
+
+def run[T](work: Awaitable[T]) -> T:
+    async def in_time() -> T:
+        async with asyncio.timeout(SECONDS):
+            return await work
+
+    return asyncio.run(in_time())
+
+
+def with_publisher[T](model: Path, work: Callable[[Publisher], Awaitable[T]], connect: Connect = connect, **sections: Any) -> T:
+    """Do something with a publisher of a policy that has the weights of a folder."""
+    policy = Policy.open(Settings.model_validate(settings_of(model, **sections)), Launch())
+    try:
+        return run(work(open_publisher(policy, connect)))
+    finally:
+        policy.close()
+
+
+def log_probs(model: Path, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """[tokens] of each sequence by transformers; 0 for the first token."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for tokens in sequences:
+        with torch.no_grad():
+            logits = loaded(torch.tensor([list(tokens)])).logits[0, :-1]  # [tokens - 1, vocab]
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(list(tokens)[1:])[:, None])[:, 0]
+        found.append(np.concatenate([[np.float32(0)], chosen.numpy()]))
+    return found
+
+
+async def assert_serves(client: Client, model: Path, version: int) -> None:
+    """The server scores and samples with these weights, and says so."""
+    generator = np.random.default_rng(5)
+    sequences = [generator.integers(0, VOCABULARY, 24).tolist() for _ in range(4)]
+    for tokens, expected in zip(sequences, log_probs(model, sequences), strict=True):
+        np.testing.assert_allclose(await client.score(tokens), expected, atol=CLOSE)
+    response = await client.generate(sequences[0], Sampling(max_new_tokens=12, ignore_end=True), cache_key=f"check {version}")
+    (expected,) = log_probs(model, [[*sequences[0], *response.tokens.tolist()]])
+    np.testing.assert_allclose(response.log_probs, expected[24:], atol=CLOSE)
+    assert {span.version for span in response.spans} == {version}
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as it came: pieces of tokens with the version that the server gave them."""
+
+    prompt: list[int]
+    pieces: list[Piece]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for piece in self.pieces for token in piece.tokens]
+
+    @property
+    def log_probs(self) -> NDArray[np.float32]:
+        return np.array([value for piece in self.pieces for value in piece.log_probs], np.float32)
+
+    @property
+    def before(self) -> int:
+        """Tokens that came under the first version."""
+        first = self.pieces[0].version
+        return sum(len(piece.tokens) for piece in self.pieces if piece.version == first)
+
+
+async def publish_under_load(
+    publisher: Publisher, client: Client, version: int, publish: Callable[[], Awaitable[Report]]
+) -> tuple[Report, list[Response]]:
+    """Publish while long requests are under way, all of them begun and none finished."""
+    generator = np.random.default_rng(version)
+    prompts = [generator.integers(0, VOCABULARY, PROMPT_LENGTH).tolist() for _ in range(AT_ONCE)]
+    begun = asyncio.Semaphore(0)
+
+    async def request(prompt: list[int]) -> Response:
+        pieces: list[Piece] = []
+        sampling = Sampling(max_new_tokens=LONG, ignore_end=True, piece=4)
+        async for piece in client.stream(prompt, sampling, cache_key=str(version)):
+            if not pieces:
+                begun.release()
+            pieces.append(piece)
+        return Response(prompt, pieces)
+
+    requests = [asyncio.create_task(request(prompt)) for prompt in prompts]
+    for _ in requests:
+        await begun.acquire()
+    assert not any(each.done() for each in requests)
+    report = await publish()
+    return report, await asyncio.gather(*requests)
