@@ -3,6 +3,7 @@
 import typer
 
 from megatron_rl.cli import bank, data, look
+from megatron_rl.cli.serve import serve
 from megatron_rl.cli.train import train
 
 app = typer.Typer(
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(no_args_is_help=True)(train)
+app.command(no_args_is_help=True)(serve)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(look.version)
