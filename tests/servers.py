@@ -26,22 +26,29 @@ START_SECONDS, END_SECONDS = 300.0, 30.0  # far above what it takes, there to en
 
 
 @dataclass(frozen=True)
+class Address:
+    """Where the server is."""
+
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+@dataclass(frozen=True)
 class TinyServer:
     """The running server, and the checkpoints that it can have: `model` is what it was started with, `other` has other weights.
 
     A test that changes the weights puts `model` back.
     """
 
-    url: str
+    server: Address
     model: Path
     other: Path
 
-    @property
-    def port(self) -> int:
-        return int(self.url.rpartition(":")[2])
-
     def client(self) -> Client:
-        return Client(self.url, VOCABULARY)
+        return Client(self.server.url, VOCABULARY)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +73,7 @@ def tiny_server(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPat
         assert serving.poll() is None and time.monotonic() < deadline, output.read_text()
         time.sleep(0.1)
     (url,) = urls.read_text().split()
-    yield TinyServer(url, model, other)
+    yield TinyServer(Address(url), model, other)
     serving.terminate()
     time.sleep(0.5)
     serving.send_signal(signal.SIGINT)  # the impatient press Ctrl-C twice; it changes nothing

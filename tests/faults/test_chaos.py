@@ -92,7 +92,7 @@ async def sample_all(shared: TinyServer, log: Path) -> tuple[dict[tuple[int, int
 
     async with (
         asyncio.timeout(SECONDS),
-        Proxy(shared.port, seed=3) as proxy,
+        Proxy(shared.server.port, seed=3) as proxy,
         Pool(settings, Demands("qwen3_moe", VOCABULARY, SHAPE)) as pool,
     ):
         await pool.begin([server_options(shared.model, log)])

@@ -41,7 +41,7 @@ def with_pool[T](server: TinyServer, work: Callable[[Pool], Awaitable[T]], deman
     """Run something on a pool that has the shared server, and leave that server as it was."""
 
     async def run() -> T:
-        own = ServerSettings(**{"urls": (server.url,), **PATIENT, **settings})
+        own = ServerSettings(**{"urls": (server.server.url,), **PATIENT, **settings})
         async with asyncio.timeout(SECONDS), Pool(own, demands, decode=decode) as pool:
             await pool.begin()
             try:
@@ -183,7 +183,7 @@ def test_an_update_that_fails_leaves_no_server_at_work(tiny_server: TinyServer) 
 
 def test_a_server_that_comes_late_gets_the_weights(tiny_server: TinyServer) -> None:
     async def join(pool: Pool) -> None:
-        url = tiny_server.url
+        url = tiny_server.server.url
         pool.fleet.leave(url)
         await pool.fleet.update(5, lambda client: client.update_from_disk(str(tiny_server.other), 5))  # reaches nobody
         worker = pool.fleet.join(url)
@@ -197,7 +197,7 @@ def test_a_server_that_comes_late_gets_the_weights(tiny_server: TinyServer) -> N
 
 def test_servers_come_and_go_with_the_file(tiny_server: TinyServer, tmp_path: Path) -> None:
     path = tmp_path / "urls"
-    url = tiny_server.url
+    url = tiny_server.server.url
 
     async def elastic(pool: Pool) -> None:
         worker = pool.fleet.workers[url]
@@ -241,7 +241,7 @@ def test_who_cannot_sample_is_refused_with_a_fix(tiny_server: TinyServer, model:
             with_pool(tiny_server, nothing, wrong)
     dead = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(UnsuitableServer, match=rf"{dead}.*Is an SGLang server running.*megatron-rl serve"):
-        with_pool(tiny_server, nothing, urls=(tiny_server.url, dead))
+        with_pool(tiny_server, nothing, urls=(tiny_server.server.url, dead))
 
 
 def test_what_is_refused_is_not_tried_again(tiny_server: TinyServer) -> None:
@@ -256,7 +256,7 @@ def test_what_is_refused_is_not_tried_again(tiny_server: TinyServer) -> None:
 
 def test_nobody_waits_forever(tiny_server: TinyServer) -> None:
     async def outage(pool: Pool) -> None:
-        pool.fleet.leave(tiny_server.url)
+        pool.fleet.leave(tiny_server.server.url)
         with pytest.raises(NoServer, match=r"servers\.outage_seconds"):
             await pool.generate(PROMPT, Sampling(5), group="g")
 
@@ -265,7 +265,7 @@ def test_nobody_waits_forever(tiny_server: TinyServer) -> None:
 
 @asynccontextmanager
 async def pool_behind_proxy(server: TinyServer, **settings: Any) -> AsyncIterator[tuple[Pool, Proxy]]:
-    async with asyncio.timeout(SECONDS), Proxy(server.port) as proxy:
+    async with asyncio.timeout(SECONDS), Proxy(server.server.port) as proxy:
         own = ServerSettings(**{"urls": (proxy.url,), **PATIENT, **settings})
         async with Pool(own, DEMANDS) as pool:
             await pool.begin()
