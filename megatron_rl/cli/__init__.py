@@ -7,6 +7,7 @@ from megatron_rl.cli.convert import convert
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.rollout import rollout
+from megatron_rl.cli.serve import serve
 from megatron_rl.cli.train import train
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
+app.command(no_args_is_help=True)(serve)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)

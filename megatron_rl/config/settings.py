@@ -209,7 +209,7 @@ class DeviceSettings(Section):
 
     kind: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when this process sees a GPU, else CPU.")
     threads: PositiveInt | None = Field(
-        None, description="CPU threads a rank; default: cores divided by ranks on this machine."
+        None, description="CPU threads a rank, or a server on a CPU; default: cores divided by ranks, or by servers."
     )
 
 

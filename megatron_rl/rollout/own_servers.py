@@ -39,7 +39,7 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
             api_key=read_api_key(servers),
             device="cpu" if on_cpu else "cuda",
             gpus=hand,
-            threads=max(1, len(os.sched_getaffinity(0)) // count),
+            threads=settings.device.threads or max(1, len(os.sched_getaffinity(0)) // count),
             start_seconds=servers.start_seconds,
         )
         for index, hand in enumerate(hands)
