@@ -28,7 +28,7 @@ Servers = Annotated[list[str], typer.Option("--server", metavar="URL", help="A s
 Version = Annotated[
     int | None,
     typer.Option(
-        help="Number of these weights; default: the checkpoint's step, else one above the servers'.", show_default=False
+        help="Number of these weights; default: a checkpoint's step, else one above the servers'.", show_default=False
     ),
 ]
 Travel = Annotated[Literal["auto", "disk", "broadcast", "tensor"], typer.Option(help="How they travel: see docs/publish.md.")]

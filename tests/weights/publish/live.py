@@ -14,17 +14,16 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.settings import Settings
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
-from megatron_rl.rollout.client import Client, Sampling
+from megatron_rl.rollout.client import Client, PauseMode, Sampling
 from megatron_rl.rollout.replies import Piece
 from megatron_rl.train.publishing import open_publisher
 from megatron_rl.weights.publish.ports import Connect
 from megatron_rl.weights.publish.publisher import Publisher
-from megatron_rl.weights.publish.report import Report
 from tests.servers import VOCABULARY
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
 SECONDS = 120.0  # far above what anything here takes: a hang fails
-PROMPT_LENGTH, LONG = 8, 160  # tokens of a request and of its response
+PROMPT_LENGTH, LONG = 8, 96  # tokens of a request and of its response
 AT_ONCE = 32
 
 
@@ -71,10 +70,15 @@ def log_probs(model: Path, sequences: Sequence[Sequence[int]]) -> list[NDArray[n
     return found
 
 
-async def assert_serves(client: Client, model: Path, version: int) -> None:
-    """The server scores and samples with these weights, and says so."""
+async def serves(url: str, model: Path, version: int) -> None:
+    """Assert that the server scores and samples with these weights, and says so."""
+    async with connect(url) as client:
+        await _serves(client, model, version)
+
+
+async def _serves(client: Client, model: Path, version: int) -> None:
     generator = np.random.default_rng(5)
-    sequences = [generator.integers(0, VOCABULARY, 24).tolist() for _ in range(4)]
+    sequences = [generator.integers(0, VOCABULARY - 1, 24).tolist() for _ in range(4)]
     for tokens, expected in zip(sequences, log_probs(model, sequences), strict=True):
         np.testing.assert_allclose(await client.score(tokens), expected, atol=CLOSE)
     response = await client.generate(sequences[0], Sampling(max_new_tokens=12, ignore_end=True), cache_key=f"check {version}")
@@ -105,26 +109,50 @@ class Response:
         return sum(len(piece.tokens) for piece in self.pieces if piece.version == first)
 
 
-async def publish_under_load(
-    publisher: Publisher, client: Client, version: int, publish: Callable[[], Awaitable[Report]]
-) -> tuple[Report, list[Response]]:
-    """Publish while long requests are under way, all of them begun and none finished."""
-    generator = np.random.default_rng(version)
-    prompts = [generator.integers(0, VOCABULARY, PROMPT_LENGTH).tolist() for _ in range(AT_ONCE)]
-    begun = asyncio.Semaphore(0)
+class Load:
+    """Long requests that are under way when a publish pauses the server: all begun, none finished."""
 
-    async def request(prompt: list[int]) -> Response:
-        pieces: list[Piece] = []
-        sampling = Sampling(max_new_tokens=LONG, ignore_end=True, piece=4)
-        async for piece in client.stream(prompt, sampling, cache_key=str(version)):
-            if not pieces:
-                begun.release()
-            pieces.append(piece)
-        return Response(prompt, pieces)
+    def __init__(self, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        self._prompts = [generator.integers(0, VOCABULARY, PROMPT_LENGTH).tolist() for _ in range(AT_ONCE)]
+        self._requests: list[asyncio.Task[Response]] = []
+        self.finished: list[Response] = []
 
-    requests = [asyncio.create_task(request(prompt)) for prompt in prompts]
-    for _ in requests:
-        await begun.acquire()
-    assert not any(each.done() for each in requests)
-    report = await publish()
-    return report, await asyncio.gather(*requests)
+    def connect(self, url: str) -> Client:
+        return _Loaded(url, self)
+
+    async def begin(self, client: Client) -> None:
+        begun = asyncio.Semaphore(0)
+
+        async def request(prompt: list[int]) -> Response:
+            pieces: list[Piece] = []
+            sampling = Sampling(max_new_tokens=LONG, ignore_end=True, piece=4)
+            async for piece in client.stream(prompt, sampling, cache_key="under load"):
+                if not pieces:
+                    begun.release()
+                pieces.append(piece)
+            return Response(prompt, pieces)
+
+        self._requests = [asyncio.create_task(request(prompt)) for prompt in self._prompts]
+        for _ in self._requests:
+            await begun.acquire()
+        assert not any(each.done() for each in self._requests)
+
+    async def end(self) -> None:
+        self.finished = list(await asyncio.gather(*self._requests))
+
+
+class _Loaded(Client):
+    """A client that brings the requests under way just before it pauses the server."""
+
+    def __init__(self, url: str, load: Load) -> None:
+        super().__init__(url, VOCABULARY)
+        self._load = load
+
+    async def pause(self, mode: PauseMode) -> None:
+        await self._load.begin(self)
+        await super().pause(mode)
+
+    async def close(self) -> None:
+        await self._load.end()
+        await super().close()

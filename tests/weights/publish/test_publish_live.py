@@ -29,12 +29,11 @@ from tests.weights.publish.live import (
     CLOSE,
     LONG,
     PROMPT_LENGTH,
+    Load,
     Response,
-    assert_serves,
-    connect,
     log_probs,
-    publish_under_load,
     run,
+    serves,
     settings_of,
     with_publisher,
 )
@@ -103,34 +102,31 @@ def check_survivors(responses: list[Response], mode: str, old: Path, version: in
 
 @pytest.mark.parametrize(("way", "mode"), WAYS)
 def test_requests_live_through_a_publish(way: str, mode: str, tiny_server: TinyServer) -> None:
-    async def work(publisher: Publisher) -> None:
-        async with tiny_server.client() as client:
-            publish = partial(publisher.publish, 1, [Target(tiny_server.server.url)])
-            report, responses = await publish_under_load(publisher, client, 1, publish)
-            assert report.way == way and report.serving == (tiny_server.server.url,) and report.failures == ()
-            check_survivors(responses, mode, tiny_server.model, 1, None)
-            await assert_serves(client, tiny_server.other, 1)
-            assert (await publisher.publish(1, [Target(tiny_server.server.url)])).outcomes[0].result == "current"
+    url, load = tiny_server.server.url, Load(seed=0)
 
-    with_publisher(tiny_server.other, work, publish={"transport": way}, servers={"update": mode})
+    async def work(publisher: Publisher) -> None:
+        report = await publisher.publish(1, [Target(url)])
+        assert report.way == way and report.serving == (url,) and report.failures == ()
+        check_survivors(load.finished, mode, tiny_server.model, 1, None)
+        assert (await publisher.publish(1, [Target(url)])).outcomes[0].result == "current"
+
+    with_publisher(tiny_server.other, work, load.connect, publish={"transport": way}, servers={"update": mode})
+    run(serves(url, tiny_server.other, 1))
 
 
 def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
     """Without a prefix cache a retracted request computes all anew: what it samples afterwards is the new weights' own."""
-    old, new = more.dense_models
+    url, (old, new) = more.dense.url, more.dense_models
     for version, (way, mode) in enumerate(DENSE_WAYS, 1):
+        load = Load(seed=version)
 
-        async def work(
-            publisher: Publisher, version: int = version, mode: str = mode, old: Path = old, new: Path = new
-        ) -> None:
-            async with connect(more.dense.url) as client:
-                publish = partial(publisher.publish, version, [Target(more.dense.url)])
-                report, responses = await publish_under_load(publisher, client, version, publish)
-                assert report.serving == (more.dense.url,), report.failures
-                check_survivors(responses, mode, old, version, new)
-                await assert_serves(client, new, version)
+        async def work(publisher: Publisher, version: int = version) -> None:
+            report = await publisher.publish(version, [Target(url)])
+            assert report.serving == (url,), report.failures
 
-        with_publisher(new, work, publish={"transport": way}, servers={"update": mode})
+        with_publisher(new, work, load.connect, publish={"transport": way}, servers={"update": mode})
+        check_survivors(load.finished, mode, old, version, new)
+        run(serves(url, new, version))
         old, new = new, old
 
 
@@ -174,11 +170,7 @@ def test_several_ranks(layout: dict[str, int], way: str, tiny_server: TinyServer
     (outcome,) = reports[0].outcomes
     assert outcome.result == "updated" and outcome.difference is not None and outcome.difference < CLOSE
 
-    async def check() -> None:
-        async with tiny_server.client() as client:
-            await assert_serves(client, tiny_server.other, 3)
-
-    run(check())
+    run(serves(tiny_server.server.url, tiny_server.other, 3))
 
 
 def test_the_command(tiny_server: TinyServer) -> None:
@@ -187,11 +179,7 @@ def test_the_command(tiny_server: TinyServer) -> None:
     assert result.exit_code == 0, result.output
     assert "updated" in result.output and "by disk" in result.output
 
-    async def check() -> None:
-        async with tiny_server.client() as client:
-            await assert_serves(client, tiny_server.other, 1)  # one above the server's own
-
-    run(check())
+    run(serves(url, tiny_server.other, 1))  # one above the server's own
     result = CliRunner().invoke(app, ["publish", str(tiny_server.other), "--server", url, "--server", "http://127.0.0.1:9"])
     assert result.exit_code == 1
     assert "updated" in result.output and "All connection attempts failed" in result.output
@@ -201,10 +189,6 @@ def test_a_server_killed_on_the_way(more: More, tiny_server: TinyServer, cluster
     """Two ranks send to two servers; one is killed in the middle. The other goes on; the first gets all when it is back."""
     twin, first = more.twin, tiny_server.server
 
-    async def check(server: Server, version: int) -> None:
-        async with connect(server.url) as client:
-            await assert_serves(client, tiny_server.other, version)
-
     settings = settings_of(tiny_server.other, {"transport": "broadcast", "senders": 2})
     job = partial(cluster.run, "tests.parallel.publish_jobs:publish", 2, settings=settings, urls=[first.url, twin.url])
     (pid,) = (int(line.split()[0]) for line in Path(f"/proc/{twin.pid}/task/{twin.pid}/children").read_text().splitlines())
@@ -212,10 +196,10 @@ def test_a_server_killed_on_the_way(more: More, tiny_server: TinyServer, cluster
     outcomes = {outcome.url: outcome for outcome in report.outcomes}
     assert outcomes[first.url].result == "updated" and report.serving == (first.url,)
     assert outcomes[twin.url].result == "lost" and twin.url in report.failures[0]
-    run(check(first, 1))
+    run(serves(first.url, tiny_server.other, 1))
     again = Server.start(twin.options, int(twin.url.rsplit(":", 1)[1]))
     with again:
         asyncio.run(again.ready())
         late: Report = job(version=1, known=[first.url])[0]
         assert {outcome.url: outcome.result for outcome in late.outcomes} == {first.url: "current", again.url: "updated"}
-        run(check(again, 1))
+        run(serves(again.url, tiny_server.other, 1))
