@@ -5,16 +5,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.settings import Settings
+from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
+from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session, open_session
+from megatron_rl.rollout.suitability import UnsuitableServer
 
 STATE = "sampling.json"
 
@@ -65,7 +68,8 @@ async def fill(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with open_session(settings, model, servers, api_key=key, step=step, position=position) as session:
+    version = await _weights_of(settings.servers.urls, model, key)
+    async with open_session(settings, model, servers, api_key=key, version=version, step=step, position=position) as session:
         opened(session, step)
         for current in range(step, steps):
             began = time.monotonic()
@@ -80,6 +84,19 @@ async def fill(
             collected = collecting.result()
             write_state(settings.run.directory, current + 1, collected.position)
             yield _report(session, collected, time.monotonic() - began)
+
+
+async def _weights_of(urls: Sequence[str], model: Architecture, key: str | None) -> int:
+    """The version of the weights that somebody else's servers have: nothing is updated here, so all must have the same."""
+    for url in urls:
+        async with Client(url, model.vocab, key) as client:
+            try:
+                return (await client.model_info()).version or 0
+            except ServerError as error:
+                raise UnsuitableServer(
+                    f"{error}. Is a server running there? Correct servers.urls, or start servers with `megatron-rl serve`."
+                ) from error
+    return 0
 
 
 def _report(session: Session, collected: Collected, seconds: float) -> Filled:

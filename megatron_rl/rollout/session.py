@@ -90,10 +90,14 @@ async def open_session(
     own_servers: Sequence[ServerOptions],
     *,
     api_key: str | None = None,
+    version: int = 0,
     step: int = 0,
     position: Position = BEGINNING,
 ) -> AsyncIterator[Session]:
-    """Open everything; leaving ends the servers that are ours. `step` and `position` are where a resumed run goes on."""
+    """Open everything; leaving ends the servers that are ours.
+
+    `version` is that of the weights which servers shall have; `step` and `position` are where a resumed run goes on.
+    """
     tokenizer = open_tokenizer(settings, vocab=model.vocab)
     prompts = open_prompts(settings, tokenizer)
     chat = Chat(tokenizer, settings.data.chat_template_kwargs)
@@ -102,7 +106,7 @@ async def open_session(
     components = registry.build(settings.rewards)
     _require_columns(components, prompts)
     demands = Demands.of(model, longest=limits.total)
-    pool = Pool(settings.servers, demands, api_key=api_key, version=step, decode=tokenizer.decode)
+    pool = Pool(settings.servers, demands, api_key=api_key, version=version, decode=tokenizer.decode)
     with Bank(settings.bank_directory, settings.bank, tokenizer=tokenizer.path) as bank:
         async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:
             await pool.begin(own_servers)
