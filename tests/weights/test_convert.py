@@ -50,6 +50,17 @@ def test_there_and_back_is_bitwise_equal(family: str, tmp_path: Path) -> None:
     assert index == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
 
 
+def test_tensors_of_several_strips(tmp_path: Path) -> None:
+    """An embedding, padded and cut among ranks, that is more than is encoded at once."""
+    source, megatron, back = (tmp_path / name for name in ("source", "megatron", "back"))
+    write_tiny_checkpoint("qwen3", source, vocab_size=70_001, num_hidden_layers=2)
+    quietly(Conversion(source, megatron, "megatron", SPREAD))
+    files = MegatronSource(megatron).files
+    assert all(len(list(strips(size))) > 1 for *_, size in files.manifest["tensors"]["model.output_layer.weight"]["boxes"])
+    quietly(Conversion(megatron, back, "hf"))
+    require_equal(tensors_of(back), tensors_of(source))
+
+
 def test_strips_fill_a_tensor_in_order() -> None:
     for shape in [(1000, 7), (5,), (1, 300, 9), (1, 1), (3, 200, 2)]:
         whole = torch.arange(torch.Size(shape).numel()).view(shape)
