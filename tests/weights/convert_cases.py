@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ WIDE: Mapping[str, Any] = {
     "intermediate_size": 384,
     "moe_intermediate_size": 128,
     "q_lora_rank": 128,
-    "kv_lora_rank": 40,  # with the rotary 8: 48
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
     "num_hidden_layers": 2,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -84,6 +86,28 @@ def convert_and_die(conversion: Conversion, overwrite: bool, fatal: int | None, 
     report.send(events.count)
 
 
+def convert_in_two_and_die(conversion: Conversion, overwrite: bool, fatal: int | None, report: Any) -> None:
+    """The same with a second process, which has begun a file when the first is killed."""
+    partial = conversion.target.with_name(conversion.target.name + ".partial")
+
+    def moved(_: int) -> None:
+        (other,) = multiprocessing.active_children()
+        while not (list(partial.glob(f".*.{other.pid}")) or list(partial.glob("model*"))):
+            time.sleep(0.01)
+        report.send(other.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    convert(conversion, processes=2, tell=lambda _: None, moved=moved)
+
+
+def _heard(pipe: Any) -> int | None:
+    try:
+        number: int = pipe.recv()
+    except EOFError:
+        return None
+    return number
+
+
 class Victims:
     """Processes that are forked from one that has imported everything, so that each costs little."""
 
@@ -93,13 +117,21 @@ class Victims:
 
     def run(self, conversion: Conversion, fatal: int | None, *, overwrite: bool = False) -> int | None:
         """How many instants there were, or None when the process was killed at one."""
+        code, said = self._start(convert_and_die, conversion, overwrite, fatal)
+        assert code == (0 if said else -signal.SIGKILL)
+        return said
+
+    def run_two(self, conversion: Conversion) -> int:
+        """The process that was left when the one that had started it was killed."""
+        code, said = self._start(convert_in_two_and_die, conversion, False, None)
+        assert code == -signal.SIGKILL and said is not None
+        return said
+
+    def _start(self, function: Callable[..., None], *arguments: Any) -> tuple[int | None, int | None]:
+        """The exit code of a process, and the number that it said."""
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=convert_and_die, args=(conversion, overwrite, fatal, theirs))
+        process = self._context.Process(target=function, args=(*arguments, theirs))
         process.start()
         theirs.close()
         process.join(120)
-        if process.exitcode == -signal.SIGKILL:
-            return None
-        assert process.exitcode == 0
-        count: int = ours.recv()
-        return count
+        return process.exitcode, _heard(ours)

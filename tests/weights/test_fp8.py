@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_rl.config.errors import CheckpointError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import LayoutSettings
 from megatron_rl.policy.hf_export import HfExporter, fp8_weights
 from megatron_rl.weights.convert import Conversion
-from megatron_rl.weights.fp8 import audit, fp8_tensors, linear_tensors, quantization_config, served_tensors
+from megatron_rl.weights.fp8 import audit, fp8_tensors, linear_tensors, quantization_config, quantize_rows, served_tensors
 from megatron_rl.weights.hf_files import HfFolder
+from megatron_rl.weights.hf_output import Output, OutputFile, strips, write_strip
 from megatron_rl.weights.map import WeightMap
 from tests.policy.single import opened, tiny_settings
 from tests.reference.checkpoint import write_tiny_checkpoint
@@ -62,6 +64,19 @@ def test_every_number_is_the_nearest_of_its_block(folders: tuple[Path, Path]) ->
             for left in range(0, tensor.shape[1], 128):
                 block = tensor[top : top + 128, left : left + 128]
                 assert scales[top // 128, left // 128] == block.abs().max() / 448.0
+
+
+def test_strips_are_quantised_as_the_whole_is(tmp_path: Path) -> None:
+    whole = torch.randn(300, 9000, generator=torch.Generator().manual_seed(0))  # of three strips, the last a part of a block
+    output = Output("w", (300, 9000), torch.float8_e4m3fn)
+    assert len(list(strips(output.shape))) == 3
+    with OutputFile("f", (output,)).open(tmp_path / "f") as file:
+        for box in strips(output.shape):
+            write_strip(file, output, box, whole[box[0][0] : box[0][0] + box[1][0]])
+    numbers, scales = quantize_rows(whole)
+    stored = load_file(tmp_path / "f")
+    assert torch.equal(stored["w"].view(torch.uint8), numbers.view(torch.uint8))
+    assert torch.equal(stored["w_scale_inv"], scales)
 
 
 def test_our_reader_gives_back_the_quantised_values(folders: tuple[Path, Path], tmp_path: Path) -> None:
