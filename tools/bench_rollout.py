@@ -3,8 +3,8 @@
     python tools/bench_rollout.py [--samples 64] [--rounds 3]      needs no GPU: starts a tiny model on the CPU
     python tools/bench_rollout.py --url http://node7:30000 --vocabulary 151936
 
-Printed: tokens per second of ours as a share of the bare client's (rounds alternate; the best of each counts), seconds of CPU of our
-process per 1,000 samples, and its peak memory after each thousand samples in flight at once (which should not grow).
+Printed: tokens per second of ours as a share of the bare client's (rounds alternate; the best of each counts), seconds of
+CPU of our process per 1,000 samples, and its peak memory after each thousand samples in flight at once (it should not grow).
 """
 
 import argparse
