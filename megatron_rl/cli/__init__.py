@@ -5,6 +5,9 @@ import typer
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
 from megatron_rl.cli.publish import publish
+from megatron_rl.cli.rewards import rewards
+from megatron_rl.cli.rollout import rollout
+from megatron_rl.cli.serve import serve
 from megatron_rl.cli.train import train
 
 app = typer.Typer(
@@ -18,8 +21,11 @@ app = typer.Typer(
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
+app.command(no_args_is_help=True)(serve)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
+app.command()(rewards)
+app.command(no_args_is_help=True)(rollout)
 app.command()(look.version)
 app.add_typer(data.app, name="data")
 app.add_typer(bank.app, name="bank")

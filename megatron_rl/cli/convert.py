@@ -65,29 +65,35 @@ def convert(
         shards = _bytes(shard_size)
         quiet_upstream()
         from megatron_rl.weights.convert import Conversion
-        from megatron_rl.weights.convert import convert as run
 
         conversion = Conversion(source, target, format, settings, dtype, shards, like)
-        console = make_console()
-        with ByteProgress(console, "written") as progress:
+        _run(conversion, processes=processes, overwrite=overwrite, checksums=verify, logits=check_logits)
 
-            def proof(plan: "Plan", folder: Path) -> None:
-                progress.end()
-                if verify:
-                    _verify(plan, folder, processes, console)
-                if check_logits:
-                    _verify_logits(conversion, folder, console)
 
-            run(
-                conversion,
-                processes=processes,
-                overwrite=overwrite,
-                tell=console.print,
-                begun=progress.begin,
-                moved=progress.move,
-                proof=proof,
-            )
-        console.print(f"{target} is there")
+def _run(conversion: "Conversion", *, processes: int, overwrite: bool, checksums: bool, logits: bool) -> None:
+    """Convert, prove what was asked to be proven before the folder gets its name, and say so."""
+    from megatron_rl.weights.convert import convert as run
+
+    console = make_console()
+    with ByteProgress(console, "written") as progress:
+
+        def proof(plan: "Plan", folder: Path) -> None:
+            progress.end()
+            if checksums:
+                _verify(plan, folder, processes, console)
+            if logits:
+                _verify_logits(conversion, folder, console)
+
+        run(
+            conversion,
+            processes=processes,
+            overwrite=overwrite,
+            tell=console.print,
+            begun=progress.begin,
+            moved=progress.move,
+            proof=proof,
+        )
+    console.print(f"{conversion.target} is there")
 
 
 def _verify(plan: "Plan", folder: Path, processes: int, console: Console) -> None:

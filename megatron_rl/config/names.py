@@ -117,7 +117,8 @@ def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
     if origin is dict:
         return "named values"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        members = ", ".join(f"{name}: {_allowed(f.annotation, f.metadata)}" for name, f in annotation.model_fields.items())
+        fields = annotation.model_fields.items()
+        members = ", ".join(f"{f.alias or name}: {_allowed(f.annotation, f.metadata)}" for name, f in fields)
         return f"{{{members}}}"
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
     return words[annotation] + _bounds(annotation, metadata)

@@ -1,4 +1,4 @@
-"""What every section of the settings is."""
+"""What every section of settings is."""
 
 from pydantic import BaseModel, ConfigDict
 

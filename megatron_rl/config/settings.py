@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_rl.config.data_settings import BankSettings, DataSettings
 from megatron_rl.config.publish_settings import PublishSettings
+from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
+from megatron_rl.config.rollout_settings import SamplingSettings, ServerSettings
 from megatron_rl.config.section import Section
 
 
@@ -193,76 +196,6 @@ class CheckpointSettings(Section):
     )
 
 
-class SourceSettings(Section):
-    """Where prompts come from, and which columns make one."""
-
-    path: str = Field(
-        description="A file or pattern (.jsonl, .json, .parquet, .csv, .tsv), a folder that datasets wrote, a hub name, "
-        "my_package.my_module:rows, or a built-in task: task:arithmetic, task:sorting, task:countdown."
-    )
-    name: str | None = Field(None, description="What its prompts are called by; default: from the path.")
-    subset: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set or folder.")
-    revision: str | None = Field(None, description="Commit or tag of a hub data set.")
-    weight: PositiveFloat | None = Field(
-        None, description="Its share of prompts beside the others'. Default: its number of rows, so that all last equally long."
-    )
-    prompt: str | None = Field(None, description="Column with the question as text; default: prompt, unless messages is set.")
-    messages: str | None = Field(None, description="Column with the conversation: a list of {role, content}.")
-    wording: str | None = Field(
-        None, description='The question in your words, columns in braces: "{problem}\nPut the answer in \\boxed{{}}."'
-    )
-    answer: str | None = Field(None, description="Column that rewards know as answer.")
-    fields: dict[str, str] = Field({}, description="Further columns for rewards and environments: {their name: column}.")
-    max_new_tokens: str | None = Field(None, description="Column with each prompt's own limit of new tokens.")
-    system: str | None = Field(None, description="System prompt of this source; default: data.system.")
-    options: dict[str, Any] = Field({}, description="Options of a built-in task, or arguments of your own function.")
-
-
-class DataSettings(Section):
-    """Which prompts are asked, in which order, and how the model sees them."""
-
-    sources: tuple[SourceSettings, ...] = Field((), description="Sources of training prompts.")
-    validation_sources: tuple[SourceSettings, ...] = Field((), description="Sources of validation prompts.")
-    validation_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of each training source's rows set aside for validation; the same rows in every run.",
-    )
-    tokenizer: str | None = Field(None, description="Folder or hub name; default: the folder of policy.config.")
-    template: Literal["chat", "none"] = Field(
-        "chat", description="chat: prompts go through the chat template. none: the text as it is, for models that have none."
-    )
-    chat_template: str | None = Field(None, description="File with a chat template (Jinja) to use for the tokenizer's own.")
-    chat_template_kwargs: dict[str, Any] = Field({}, description="Switches of the template, such as enable_thinking: false.")
-    system: str | None = Field(None, description="System prompt, put before conversations that have none.")
-    max_prompt_tokens: PositiveInt | None = Field(None, description="Longest prompt; default: no limit.")
-    too_long: Literal["drop", "error"] = Field("drop", description="What becomes of a longer one.")
-    shuffle: bool = Field(True, description="A new order every epoch; else the order of the rows.")
-    seed: NonNegativeInt | None = Field(None, description="Seed of the order; default: run.seed.")
-    cache: Path | None = Field(None, description="Where Arrow files are kept; default: the cache of datasets.")
-
-
-class BankSettings(Section):
-    """The bank: where finished groups are kept, how safely, and for how long."""
-
-    directory: Path | None = Field(None, description="Its folder; default: bank in run.directory.")
-    durable_against: Literal["power_loss", "kill"] = Field(
-        "power_loss",
-        description="What a group reported as finished survives: loss of power (the disk is synchronised, once for all groups "
-        "that wait), or the end of the process alone.",
-    )
-    gather_seconds: NonNegativeFloat = Field(
-        0.0, description="How long a finished group waits for others to be synchronised with it, on disks slow at that."
-    )
-    keep_steps: PositiveInt | None = Field(None, description="Sealed steps kept; older ones are removed. Default: all.")
-    keep_bytes: PositiveInt | None = Field(
-        None, description="Bytes of sealed steps kept; the oldest are removed, never the newest. Default: all."
-    )
-    texts: bool = Field(True, description="Keep prompts and responses as text also, for those who open the files directly.")
-
-
 class RunSettings(Section):
     """The run itself."""
 
@@ -271,103 +204,12 @@ class RunSettings(Section):
     seed: NonNegativeInt = Field(0, description="Seed of everything random but the first weights.")
 
 
-class SamplingSettings(Section):
-    """How prompts become groups of responses. Tokens are drawn at `policy.temperature`."""
-
-    strategy: Literal["grouped", "igrpo", "episodes", "turn_groups"] = Field(
-        "grouped",
-        description="grouped: responses on their own; igrpo: drafts first, then responses that improve on the best; "
-        "episodes: several turns with an environment; turn_groups: a group for each turn of an episode.",
-    )
-    groups: PositiveInt = Field(32, description="Groups (prompts) a training step learns from.")
-    group_size: PositiveInt = Field(8, description="Responses of a group.")
-    max_new_tokens: PositiveInt = Field(1024, description="Most tokens of a response, or of a turn; a prompt may ask for less.")
-    min_new_tokens: NonNegativeInt = Field(0, description="Fewest tokens of a response.")
-    max_tokens: PositiveInt | None = Field(
-        None, description="Most tokens of a sample, prompt and environment included; default: batch.max_sequence."
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens of this much probability; 1 is all.")
-    top_k: PositiveInt | None = Field(None, description="Draw from so many likeliest tokens; default: all.")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
-    stop: tuple[str, ...] = Field((), description="Texts that end a response; they stay in it.")
-    stop_token_ids: tuple[NonNegativeInt, ...] = Field((), description="Tokens that end a response, besides the model's own.")
-    dynamic: bool = Field(False, description="Throw away groups whose rewards are all equal, and draw others (DAPO).")
-    tries: PositiveInt = Field(4, description="dynamic: at most tries x groups are drawn a step; then equal rewards are taken.")
-    ahead: NonNegativeInt = Field(0, description="Steps that sampling may run ahead of learning; 0: they take turns.")
-    partial: bool = Field(
-        False, description="A step is full when enough groups are whole; responses under way go on in the next step."
-    )
-    over_sampling: float = Field(1.5, ge=1, description="partial: prompts in flight, as a multiple of the groups still wanted.")
-    drafts: PositiveInt = Field(4, description="igrpo: drafts a prompt.")
-    improve: str = Field(
-        "Here is my best attempt so far. Improve on it, and answer again in full.",
-        description="igrpo: what is said between the draft and the response.",
-    )
-    environment: str | None = Field(
-        None, description="episodes, turn_groups: the environment's class, as my_package.my_module:Class."
-    )
-    environment_options: dict[str, Any] = Field({}, description="Arguments that the environment is made with.")
-    environment_weight: float = Field(1.0, description="episodes: weight of the environment's own rewards, summed over turns.")
-    max_turns: PositiveInt = Field(8, description="Most turns of an episode.")
-    go_on_with: Literal["first", "best"] = Field("first", description="turn_groups: the action that the next turn follows.")
-
-
-class ServerSettings(Section):
-    """The SGLang servers that sample: started here, or run by somebody else. Their own arguments are the section `sglang`."""
-
-    count: NonNegativeInt | None = Field(
-        None, description="Servers to start on this machine; default: one, or none where urls or urls_file name others."
-    )
-    model: str | None = Field(
-        None, description="What own servers load: a checkpoint folder or a hub name; default: policy.init, else policy.config."
-    )
-    urls: tuple[str, ...] = Field((), description="Servers that somebody else runs, such as http://node7:30000.")
-    urls_file: Path | None = Field(
-        None, description="A file of such URLs, one a line; it is watched: servers that appear in it join, others leave."
-    )
-    router: str | None = Field(
-        None, description="URL of an sglang-router: generation goes through it, everything else to the servers themselves."
-    )
-    api_key_file: Path | None = Field(None, description="A file that holds the servers' API key.")
-    host: str = Field("127.0.0.1", description="Where own servers listen; anything but this machine needs an API key.")
-    port: PositiveInt | None = Field(None, description="Port of the first own server, the others follow; default: free ones.")
-    gpus: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="GPUs for own servers, dealt to them in order, tp_size x pp_size each; default: all there are."
-    )
-    logs: Path | None = Field(None, description="Folder of the servers' logs; default: servers in run.directory.")
-    start_seconds: PositiveFloat = Field(1800.0, description="How long a server may take to load and generate.")
-    max_in_flight: PositiveInt | None = Field(
-        None, description="Most requests a server works on at once; default: as many as it says it runs at once."
-    )
-    over_commit: PositiveFloat = Field(
-        2.0,
-        description="Requests are given to a server up to this multiple of the tokens it can hold, counting prompts and the "
-        "longest responses allowed. Above 1 because few responses are that long.",
-    )
-    answer_seconds: PositiveFloat = Field(30.0, description="How long a server may take to answer a question.")
-    silence_seconds: PositiveFloat = Field(300.0, description="How long a response may bring no new tokens.")
-    update_seconds: PositiveFloat = Field(3600.0, description="How long a server may take to load new weights.")
-    probe_seconds: PositiveFloat = Field(10.0, description="Seconds between looks at a server's health.")
-    probes: PositiveInt = Field(3, description="Looks that may fail in a row before a server gets no more work.")
-    tries: PositiveInt = Field(8, description="Servers that may fail a response before the run gives up.")
-    restarts: NonNegativeInt = Field(3, description="Times that an own server which died is started again.")
-    outage_seconds: PositiveFloat = Field(900.0, description="How long there may be no working server before the run gives up.")
-    update: Literal["abort", "retract", "in_place"] = Field(
-        "abort",
-        description="What happens to responses under way when weights change. abort: they end and go on under the new weights, "
-        "computed anew; retract and in_place: servers keep them, and the new weights read keys and values of the old.",
-    )
-    piece: PositiveInt = Field(
-        32, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
-    )
-
-
 class DeviceSettings(Section):
     """The machine."""
 
     kind: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when this process sees a GPU, else CPU.")
     threads: PositiveInt | None = Field(
-        None, description="CPU threads a rank; default: cores divided by ranks on this machine."
+        None, description="CPU threads a rank, or a server on a CPU; default: cores divided by ranks, or by servers."
     )
 
 
@@ -380,6 +222,10 @@ class Settings(Section):
     precision: PrecisionSettings = PrecisionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    rewards: tuple[RewardPart, ...] = Field(
+        (), description="Components whose weighted sum is the reward. `megatron-rl rewards` lists what there is."
+    )
+    scoring: ScoringSettings = ScoringSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

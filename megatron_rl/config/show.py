@@ -43,6 +43,10 @@ def render_settings(settings: Settings) -> RenderableType:
         sections.setdefault(name.rpartition(".")[0], []).append((name, field))
     for section, members in sections.items():
         lines = [_setting_line(settings, name, field) for name, field in members]
+        if not section:  # settings of no section, on the tree itself
+            for line, _ in lines:
+                tree.add(line)
+            continue
         branch = tree.add(Text(section, style="bold"))
         if any(differs for _, differs in lines):
             for line, _ in lines:

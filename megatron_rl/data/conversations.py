@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_rl.config.data_settings import DataSettings, SourceSettings
 from megatron_rl.config.errors import DataError
-from megatron_rl.config.settings import DataSettings, SourceSettings
 from megatron_rl.data.sources import Source, digest
 from megatron_rl.data.tokenizer import Tokenizer
 

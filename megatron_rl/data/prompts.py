@@ -16,8 +16,9 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rl.config.data_settings import DataSettings
 from megatron_rl.config.errors import DataError
-from megatron_rl.config.settings import DataSettings, Settings
+from megatron_rl.config.settings import Settings
 from megatron_rl.data.conversations import Renderer
 from megatron_rl.data.order import Interleave, epoch_order, held_out
 from megatron_rl.data.sources import Source, digest, shown_to_people

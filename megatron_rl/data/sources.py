@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from megatron_rl.config.data_settings import SourceSettings
 from megatron_rl.config.errors import DataError
-from megatron_rl.config.settings import SourceSettings
 from megatron_rl.data.tasks import PREFIX, REVISION, task_options, task_rows
 
 READERS: Mapping[str, Callable[..., datasets.Dataset]] = {

@@ -6,13 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity
 from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.health import Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
 from megatron_rl.rollout.replies import ServerInfo
-from megatron_rl.rollout.server import Server
+from megatron_rl.rollout.server import start_again
 from megatron_rl.rollout.suitability import Demands, inspect
 from megatron_rl.rollout.worker import Worker
 
@@ -117,16 +117,15 @@ class Caretaker:
             await self._wait(None)
             return
         await self._wait(min(2.0**worker.restarts, 2.0**LONGEST_REST), heed_look=False)
-        await asyncio.to_thread(worker.server.stop)
         if not isinstance(worker.health, Dead):
             return
         worker.restarts += 1
+        worker.server = await start_again(worker.server)
         worker.strikes = worker.rests = 0
         worker.torn = False
         await worker.client.close()
         worker.client = self._make_client(worker.url)
-        worker.server = Server.start(worker.server.options, worker.server.port)
-        worker.become(Starting())
+        self._move(Dead, Starting())
 
     async def _admit(self) -> None:
         """Let it work if it can do what is asked and has the current weights, which it is given if there is a way to."""

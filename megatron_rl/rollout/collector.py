@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Container
+from collections.abc import Container, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -123,6 +123,7 @@ class Collector:
         self._begun = step * plan.groups  # places given to draws
         self._running: dict[int, Drawn] = {}  # by place
         self._replayed: dict[int, list[str]] = {}
+        self._under_way: set[asyncio.Task[Outcome]] = set()
         self._find_sealed(step)
 
     async def collect(self, step: int) -> Collected:
@@ -145,11 +146,10 @@ class Collector:
 
     async def close(self) -> None:
         """Stop what is under way; what is finished is in the bank."""
-        tasks = [drawn.task for drawn in self._running.values()]
         self._running.clear()
-        for task in tasks:
+        for task in self._under_way:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._under_way, return_exceptions=True)
 
     def _position(self) -> Position:
         pending = [self._running[place].draw for place in sorted(self._running)]
@@ -250,11 +250,17 @@ class Collector:
             prompt = self.prompts.at(draw)
             key = f"{prompt.key}@{draw}"
             if key not in besides:
-                return Drawn(draw, key, asyncio.create_task(self._sampled(prompt, key, step)))
+                return self._started(draw, key, self._sampled(prompt, key, step))
 
     def _resume(self, key: str, step: int) -> Drawn:
         group = self.bank.read(key)
-        return Drawn(draw_of(key), key, asyncio.create_task(self._sampled(group.prompt, key, step, group.samples)))
+        return self._started(draw_of(key), key, self._sampled(group.prompt, key, step, group.samples))
+
+    def _started(self, draw: int, key: str, sampling: Coroutine[None, None, Outcome]) -> Drawn:
+        task = asyncio.create_task(sampling)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return Drawn(draw, key, task)
 
     async def _sampled(self, prompt: Prompt, key: str, step: int, unfinished: tuple[Sample, ...] = ()) -> Outcome:
         known = [name for name in self.bank.waiting() if name == key or name.startswith(f"{key}/")]

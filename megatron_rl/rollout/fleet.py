@@ -5,9 +5,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.caretaker import Caretaker, Load, Weights
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.connection import Patience
@@ -15,10 +14,12 @@ from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.health import Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports, stop_servers
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer
+from megatron_rl.rollout.urls_file import read_urls
 from megatron_rl.rollout.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+FLUSHES = 5  # tries at a flush
 DRAIN_SECONDS = 60.0  # for requests to end that a pause has ended
 
 
@@ -208,10 +209,14 @@ class Fleet:
 
     async def _flush(self, client: Client) -> None:
         """Free what the old weights left in the prefix cache. Nobody would read it (`cache_key`), so a refusal is no harm."""
-        try:
-            await client.flush_cache()
-        except Refused as refused:
-            logger.warning("the prefix cache of old weights stays: %s", refused)
+        for _ in range(FLUSHES):
+            try:
+                await client.flush_cache()
+                return
+            except Refused as refused:  # a server is done with its last response a moment after that has arrived
+                last = refused
+                await asyncio.sleep(0.1)
+        logger.warning("the prefix cache of old weights stays: %s", last)
 
     def _quarantine(self, worker: Worker, reason: str) -> None:
         if isinstance(worker.health, Paused):
@@ -279,13 +284,3 @@ class Fleet:
             self.join(url)
         for url in foreign - urls:
             self.leave(url)
-
-
-def read_urls(text: str) -> set[str]:
-    """URLs, one a line; empty lines and what follows a # aside."""
-    urls = {line.partition("#")[0].strip().rstrip("/") for line in text.splitlines()} - {""}
-    for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no URL of a server; expected http://host:port")
-    return urls

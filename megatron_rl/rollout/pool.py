@@ -22,7 +22,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling, new_request
 from megatron_rl.rollout.dispatch import Homes
 from megatron_rl.rollout.errors import Refused, ServerError

@@ -7,6 +7,7 @@ children when we end. On a machine without a GPU the server finds a stand-in for
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import json
 import os
 import secrets
@@ -42,7 +43,8 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
     "max_total_tokens": CPU_POOL_TOKENS,
 }
 # Every server streams what is new in each piece, not everything so far again: the client counts on neither, but pays for both.
-ALL_ARGUMENTS: Mapping[str, Any] = {"incremental_streaming_output": True}
+# Versions of weights are numbers, and those that a server starts with are version 0.
+ALL_ARGUMENTS: Mapping[str, Any] = {"incremental_streaming_output": True, "weight_version": "0"}
 
 # What a launcher says to its ranks is not for a server, which forms process groups of its own.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,7 +65,7 @@ class ServerOptions:
     port: int | None = None  # None: a free one
     api_key: str | None = field(default=None, repr=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    gpus: tuple[int, ...] | None = None  # the GPUs that this server sees; None: those that this process sees
+    gpus: tuple[int | str, ...] | None = None  # the GPUs that this server sees; None: those that this process sees
     threads: int | None = None  # on a CPU; None: all cores of this process
     start_seconds: float = 1800.0  # weights of hundreds of gigabytes take their time
 
@@ -93,10 +95,11 @@ class Server:
         """Start the process. What the server says goes to its log."""
         chosen = options.port or port or free_ports(1)[0]
         options.log.parent.mkdir(parents=True, exist_ok=True)
+        _set_aside(options.log)
         secret = _write_key(options) if options.api_key else None
         with open(os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:  # SGLang logs its key
             keeper = subprocess.Popen(
-                [sys.executable, str(KEEPER), str(os.getpid()), *_command(options, chosen, secret)],
+                [sys.executable, str(KEEPER), str(os.getpid()), *server_command(options, chosen, secret)],
                 env=_environment(options),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -180,6 +183,12 @@ async def start_servers(options: Sequence[ServerOptions]) -> list[Server]:
     return servers
 
 
+async def start_again(server: Server) -> Server:
+    """Start what is left of a server again, at the address that it had."""
+    await asyncio.to_thread(server.stop)
+    return Server.start(server.options, server.port)
+
+
 async def stop_servers(servers: Sequence[Server]) -> None:
     """End servers side by side."""
     await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
@@ -207,6 +216,13 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
+def _set_aside(log: Path) -> None:
+    """What an earlier server said is kept, and what one that still runs here says goes on there."""
+    if log.exists():
+        number = next(number for number in itertools.count(1) if not log.with_suffix(f".{number}{log.suffix}").exists())
+        log.rename(log.with_suffix(f".{number}{log.suffix}"))
+
+
 def _reachable(host: str) -> str:
     """The name under which others reach a server that listens on `host`."""
     if host in ("0.0.0.0", "::"):
@@ -214,9 +230,12 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _command(options: ServerOptions, port: int, secret: Path | None) -> list[str]:
+def server_command(options: ServerOptions, port: int | None = None, secret: Path | None = None) -> list[str]:
+    """The words that start the server. `secret` is a file with its API key."""
     arguments = {**ALL_ARGUMENTS, **(_cpu_arguments(options) if options.on_cpu else {}), **options.arguments}
-    words = [f"--model-path={options.model}", f"--host={options.host}", f"--port={port}", *command_line(arguments)]
+    words = [f"--model-path={options.model}", f"--host={options.host}", *command_line(arguments)]
+    if port is not None:
+        words.append(f"--port={port}")
     if secret is not None:
         words += ["--config", str(secret)]
     return [sys.executable, "-m", "sglang.launch_server", *words]

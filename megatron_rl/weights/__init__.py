@@ -1,1 +1,1 @@
-"""Weights on the move: quantisation now; the Hugging Face map, conversion and publishing later."""
+"""Weights on the move: the map between Hugging Face and Megatron, files of both, conversion, export, quantisation."""

@@ -169,7 +169,9 @@ class MegatronSource(Source):
         return self._finite(name, values)
 
     def formats(self) -> set[torch.dtype]:
-        return {self.files.dtype(name) for name, rule in self.weight_map.rules.items() if not rule.float32}
+        saved = self.files.manifest["tensors"]
+        rules = self.weight_map.rules.items()
+        return {self.files.dtype(name) for name, rule in rules if name in saved and not rule.float32}
 
     def identity(self) -> Any:
         return _identity([self.folder / MANIFEST, *self.others()])

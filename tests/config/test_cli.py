@@ -88,7 +88,8 @@ def test_dry_run_shows_what_differs_from_the_defaults(recipe: Path) -> None:
     shown = [line.strip("│├└─ ").split(" = ")[0] for line in output.splitlines() if " = " in line]
     assert set(shown) >= {name.rpartition(".")[2] for name in setting_fields() if name.startswith("optimizer.")}
     whole = [line.split()[1] for line in output.splitlines() if "(all as by default)" in line]
-    every = {name.rpartition(".")[0] for name in setting_fields()}
+    every = {name.rpartition(".")[0] for name in setting_fields()} - {""}
+    assert "rewards = []" in output
     assert "optimizer" not in whole and set(whole) | {"optimizer", "policy", "precision", "batch", "run"} >= every
 
 

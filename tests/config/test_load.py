@@ -172,10 +172,10 @@ ALL_SETTINGS = st.fixed_dictionaries(
 @property_settings(deadline=None, suppress_health_check=[HealthCheck.data_too_large])  # every setting at once is large
 @given(ALL_SETTINGS)
 def test_dumped_settings_load_as_equal_settings(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
-    nested: dict[str, dict[str, Any]] = {}
+    nested: dict[str, Any] = {}
     for name, value in values.items():
-        section, _, last = name.partition(".")
-        nested.setdefault(section, {})[last] = value
+        section, _, last = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[last] = value
     settings = Settings.model_validate(nested)
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_settings(settings), encoding="utf-8")

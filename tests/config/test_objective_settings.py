@@ -54,7 +54,8 @@ def test_options_survive_saving(tmp_path: Path) -> None:
 
 
 def test_the_open_settings_are_those_that_hold_options() -> None:
-    assert open_names() == {"objective.options", "objective.advantage_options", "sampling.environment_options"}
+    named = {"objective.options", "objective.advantage_options", "sampling.environment_options"}
+    assert open_names() == named | {"sglang", "data.chat_template_kwargs"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.health import Dead, Starting
 from megatron_rl.rollout.pool import Pool

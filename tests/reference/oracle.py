@@ -70,13 +70,14 @@ class Oracle:
 
     def _tables(self, sequences: Sequence[Tensor], temperature: float) -> list[Tensor]:
         """log softmax(logits / temperature) before every token but the first, each [length - 1, vocab]."""
-        tables = []
-        for tokens in sequences:
-            with _InFloat64():
-                logits = self.model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-            assert logits.dtype == torch.float64
-            tables.append((logits / temperature).log_softmax(-1))
-        return tables
+        return [(self.logits(tokens)[:-1] / temperature).log_softmax(-1) for tokens in sequences]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[length, vocab] of one sequence."""
+        with _InFloat64():
+            logits: Tensor = self.model(input_ids=tokens[None], use_cache=False).logits[0]
+        assert logits.dtype == torch.float64
+        return logits
 
     def state(self) -> dict[str, Tensor]:
         """The weights under transformers' names, choice biases included."""

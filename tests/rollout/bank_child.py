@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_rl.config.settings import BankSettings
+from megatron_rl.config.data_settings import BankSettings
 from megatron_rl.rollout.bank.writer import Bank
 from tests.rollout.banks import made
 

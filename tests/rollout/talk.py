@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.errors import Refused
 from tests.servers import TinyServer
 
 PROMPT = [10, 20, 30, 40, 50, 60, 70]
@@ -24,6 +26,16 @@ def talk[T](server: TinyServer, work: Callable[[Client], Awaitable[T]]) -> T:
             return await work(client)
 
     return asyncio.run(conversation())
+
+
+async def flush(client: Client) -> None:
+    """Flush the cache of a server that is idle, or will be: a response arrives a moment before the server is done with it."""
+    for _ in range(20):
+        with suppress(Refused):
+            await client.flush_cache()
+            return
+        await asyncio.sleep(0.05)
+    await client.flush_cache()
 
 
 def reference_log_probs(model: Path, tokens: list[int], temperature: float = 1.0) -> NDArray[np.float32]:

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_rl.config.data_settings import BankSettings
 from megatron_rl.config.errors import BankError
-from megatron_rl.config.settings import BankSettings
 from megatron_rl.rollout.bank import files
 from megatron_rl.rollout.bank.codec import decode_group, encode_group
 from megatron_rl.rollout.bank.reader import BankReader

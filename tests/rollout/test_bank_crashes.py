@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.config.data_settings import BankSettings
 from megatron_rl.config.errors import BankError
-from megatron_rl.config.settings import BankSettings
 from megatron_rl.rollout.bank.frames import OVERHEAD, Kind, frame
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.writer import Bank

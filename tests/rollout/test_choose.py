@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.config.errors import DataError, SettingsError
-from megatron_rl.config.settings import SamplingSettings
+from megatron_rl.config.rollout_settings import SamplingSettings
 from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.rollout.chat import Chat
 from megatron_rl.rollout.strategies.choose import make_strategy

@@ -14,7 +14,7 @@ from megatron_rl.rollout.connection import Patience
 from megatron_rl.rollout.errors import Refused, TimedOut, Unreachable
 from megatron_rl.rollout.replies import Generation, Piece, gather
 from megatron_rl.rollout.server import free_ports
-from tests.rollout.talk import PROMPT, reference_log_probs, talk
+from tests.rollout.talk import PROMPT, flush, reference_log_probs, talk
 from tests.servers import SHAPE, VOCABULARY, TinyServer
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
@@ -85,7 +85,7 @@ def test_leaving_a_stream_aborts_its_request(tiny_server: TinyServer) -> None:
         await anext(stream)
         await stream.aclose()
         await client.generate(PROMPT, Sampling(LONG.max_new_tokens // 5, ignore_end=True))
-        await client.flush_cache()  # refused while anything runs: four fifths of the one that was left would
+        await flush(client)  # refused while anything runs: four fifths of the one that was left would
 
     talk(tiny_server, leave)
 
@@ -136,10 +136,10 @@ def test_every_token_knows_the_weights_that_sampled_it(tiny_server: TinyServer, 
 def test_weights_arrive_by_value(tiny_server: TinyServer) -> None:
     async def update(client: Client) -> tuple[int | None, np.ndarray, int | None, np.ndarray]:
         await client.update_from_tensors(load_file(tiny_server.other / "model.safetensors"), version=7)
-        await client.flush_cache()
+        await flush(client)
         new = (await client.model_info()).version, await client.score(PROMPT)
         await client.update_from_tensors(load_file(tiny_server.model / "model.safetensors"), version=0)
-        await client.flush_cache()
+        await flush(client)
         return *new, (await client.model_info()).version, await client.score(PROMPT)
 
     version, new, version_again, again = talk(tiny_server, update)

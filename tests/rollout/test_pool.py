@@ -12,10 +12,10 @@ import pytest
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.families import read_architecture
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.errors import Refused
-from megatron_rl.rollout.fleet import UpdateFailed, read_urls
+from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Healthy, Left, Outdated, Quarantined
 from megatron_rl.rollout.pool import NoServer, Pool
 from megatron_rl.rollout.replies import Generation
@@ -24,7 +24,7 @@ from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.worker import Worker
 from tests.faults.proxy import Proxy
 from tests.reference.tiny_checkpoint import tiny_tokenizer
-from tests.rollout.talk import PROMPT, SECONDS, reference_log_probs
+from tests.rollout.talk import PROMPT, SECONDS, flush, reference_log_probs
 from tests.servers import SHAPE, VOCABULARY, TinyServer
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
@@ -219,12 +219,6 @@ def test_servers_come_and_go_with_the_file(tiny_server: TinyServer, tmp_path: Pa
     with_pool(tiny_server, elastic, urls=(), urls_file=path)
 
 
-def test_urls_of_a_file() -> None:
-    assert read_urls("http://a:1/ # first\n\n  https://b:2\nhttp://a:1\n#http://c:3") == {"http://a:1", "https://b:2"}
-    with pytest.raises(ValueError, match="a:1"):
-        read_urls("a:1")
-
-
 @pytest.fixture(scope="module")
 def model(tiny_server: TinyServer) -> Architecture:
     return read_architecture(tiny_server.model)
@@ -333,6 +327,6 @@ def test_a_response_is_cancelled_with_its_task(tiny_server: TinyServer) -> None:
         assert (worker.desk.requests, worker.attempts, len(pool._queue)) == (0, {}, 0)
         await pool.generate(PROMPT, Sampling(300, ignore_end=True), group="g")
         async with Client(worker.url, VOCABULARY) as client:
-            await client.flush_cache()  # refused while any of the cancelled still runs
+            await flush(client)  # refused while any of the cancelled still runs
 
     with_pool(tiny_server, cancel, max_in_flight=2)

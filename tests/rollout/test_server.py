@@ -31,7 +31,7 @@ def test_the_key_is_never_on_the_command_line_nor_printed(tmp_path: Path) -> Non
     options = ServerOptions("m", tmp_path / "log", api_key="it's: secret")
     path = server_module._write_key(options)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert "secret" not in " ".join(server_module._command(options, 1, path)) + repr(options)
+    assert "secret" not in " ".join(server_module.server_command(options, 1, path)) + repr(options)
 
 
 def test_what_a_server_sees_of_our_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_what_a_server_sees_of_our_environment(tmp_path: Path, monkeypatch: pyte
 
 def test_arguments_of_the_user_win_over_ours(tmp_path: Path) -> None:
     options = ServerOptions("m", tmp_path / "log", {"dtype": "bfloat16", "max_total_tokens": 99}, device="cpu")
-    command = server_module._command(options, 1, None)
+    command = server_module.server_command(options, 1, None)
     assert "--dtype=bfloat16" in command and "--max-total-tokens=99" in command
     assert "--attention-backend=torch_native" in command
     assert not [word for word in command if word in ("--dtype=float32", "--max-total-tokens=16384")]

@@ -25,8 +25,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_it_learns_and_resumes_identically(tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    result = train(f"run.directory={whole}", "run.steps=24")
+    result = train(f"run.directory={whole}", "run.steps=24", "checkpoint.export_every=10")
     assert result.returncode == 0, result.stderr
+    exports = sorted((whole / "exports").iterdir())
+    assert [path.name for path in exports] == ["step_00000010", "step_00000020", "step_00000024"]
+    assert all({"config.json", "model.safetensors"} <= {path.name for path in export.iterdir()} for export in exports)
     assert "Supervised toy run (no reinforcement learning yet)" in result.stdout
     assert "Warning" not in result.stderr
     losses = [line["negative_log_likelihood"] for line in metrics(whole)]

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+from megatron_rl.config.data_settings import BankSettings
 from megatron_rl.config.errors import BankError
-from megatron_rl.config.settings import BankSettings
 from megatron_rl.rollout.bank import files
 from megatron_rl.rollout.bank.codec import decode_group, encode_group, to_json
 from megatron_rl.rollout.bank.committer import Committer, Record

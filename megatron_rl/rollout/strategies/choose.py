@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.settings import SamplingSettings, Settings
+from megatron_rl.config.rollout_settings import SamplingSettings
+from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.chat import Chat
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.collector import Plan

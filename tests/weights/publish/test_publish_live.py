@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
-from megatron_rl.config.settings import ServerSettings
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.server import Server, ServerOptions, start_servers

@@ -1,0 +1,73 @@
+"""`megatron-rl rollout`: sample into the bank, without learning."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_rl.cli.screen import make_console, told_to_the_user
+from megatron_rl.config.checks import require_valid
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.layout_map import smallest_world_size
+from megatron_rl.config.load import load_settings
+from megatron_rl.config.settings import Settings
+
+if TYPE_CHECKING:
+    from megatron_rl.rollout.only import Filled
+
+
+def rollout(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that the bank shall hold in the end.")] = 1,
+) -> None:
+    """Sample groups of responses with rewards into the bank, without learning from them.
+
+    Starts SGLang servers on this machine, or uses those that `servers.urls` or `servers.urls_file` name; draws prompts,
+    samples a group for each by `sampling.strategy`, rewards them, and seals `sampling.groups` groups a step. Run it again to
+    go on: finished groups are never sampled twice, also after a kill.
+
+    **Examples**
+
+    - `megatron-rl rollout recipe.yaml --steps 10`
+    - `megatron-rl rollout recipe.yaml 'data.sources=[{path: task:arithmetic}]' 'rewards=[{name: numeric}]' sampling.groups=8`
+    - `megatron-rl bank show RUN/bank` afterwards, to look at what was said
+    """
+    with told_to_the_user():
+        settings = load_settings(config, overrides or [])
+        architecture = read_architecture(settings.policy.config)
+        require_valid(settings, architecture, settings.layout.world_size or smallest_world_size(settings.layout))
+        asyncio.run(_fill(settings, steps, make_console()))
+
+
+async def _fill(settings: Settings, steps: int, console: Console) -> None:
+    from megatron_rl.rollout.only import fill
+    from megatron_rl.rollout.session import Session
+
+    def opened(session: Session, step: int) -> None:
+        servers = ", ".join(session.pool.fleet.workers)
+        console.print(f"{len(session.prompts):,} prompts; servers {servers}; step {step} of {steps} comes next")
+
+    if settings.servers.count != 0 and not settings.servers.urls and settings.servers.urls_file is None:
+        console.print("starting servers: half a minute on a small machine, minutes for a large model")
+    architecture = read_architecture(settings.policy.config)
+    async for filled in fill(settings, architecture, steps, opened):
+        console.print(_line(filled))
+    console.print(f"the bank is {settings.bank_directory}: megatron-rl bank show {settings.bank_directory}")
+
+
+def _line(filled: "Filled") -> str:
+    collected = filled.collected
+    rewards = sum(collected.rewards) / max(len(collected.rewards), 1)
+    notes = {"thrown away": collected.thrown, "prompts failed": collected.failed, "cut off": collected.cut}
+    notes["samples failed"] = filled.failed
+    said = "".join(f"; {name} {count}" for name, count in notes.items() if count)
+    return (
+        f"step {collected.step}: {len(collected.keys)} groups, {filled.samples} samples, reward {rewards:.3f}, "
+        f"{filled.tokens / max(filled.samples, 1):.0f} tokens a sample, {filled.tokens / filled.seconds:.0f} tokens/s{said}"
+    )

@@ -1,0 +1,104 @@
+"""Which servers a run starts by itself: their options from the settings, GPUs dealt, threads shared, logs named."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.rollout_settings import ServerSettings
+from megatron_rl.config.settings import Settings
+from megatron_rl.config.sglang_arguments import known_arguments
+from megatron_rl.rollout.server import ServerOptions, has_gpu
+
+# Arguments that multiply the GPUs of a server.
+SIZES = ("tp_size", "pp_size")
+
+
+def own_servers(settings: Settings) -> list[ServerOptions]:
+    """Options of the servers to start on this machine; none where the settings name others."""
+    servers = settings.servers
+    count = servers.count
+    if count is None:
+        count = 0 if servers.urls or servers.urls_file is not None else 1
+    if count == 0:
+        return []
+    kind = settings.device.kind
+    on_cpu = kind == "cpu" or (kind == "auto" and not has_gpu())
+    hands: Sequence[tuple[int | str, ...] | None] = (
+        [None] * count if on_cpu else _dealt(servers, _gpus_each(settings.sglang), count)
+    )
+    logs = servers.logs or settings.run.directory / "servers"
+    return [
+        ServerOptions(
+            model=_model(settings),
+            log=logs / f"server-{index}.log",
+            arguments={**_random_weights(settings), **settings.sglang},
+            host=servers.host,
+            port=None if servers.port is None else servers.port + index,
+            api_key=read_api_key(servers),
+            device="cpu" if on_cpu else "cuda",
+            gpus=hand,
+            threads=settings.device.threads or max(1, len(os.sched_getaffinity(0)) // count),
+            start_seconds=servers.start_seconds,
+        )
+        for index, hand in enumerate(hands)
+    ]
+
+
+def read_api_key(servers: ServerSettings) -> str | None:
+    """The key in servers.api_key_file, which nobody but its owner should be able to read."""
+    path = servers.api_key_file
+    if path is None:
+        return None
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"servers.api_key_file = {path}: it cannot be read: {error}. Write the key into it.") from error
+    if not key or not key.isprintable() or " " in key:
+        raise SettingsError(f"servers.api_key_file = {path}: it holds no key. Write one word into it.")
+    return key
+
+
+def _model(settings: Settings) -> str:
+    if settings.servers.model is not None:
+        return settings.servers.model
+    if settings.policy.init != "random":
+        return str(settings.policy.init)
+    config = settings.policy.config
+    return str(config.parent if config.suffix == ".json" else config)
+
+
+def _random_weights(settings: Settings) -> dict[str, Any]:
+    """A policy that begins at random has no weights to load; the first update brings the servers its own."""
+    return {"load_format": "dummy"} if settings.servers.model is None and settings.policy.init == "random" else {}
+
+
+def _gpus_each(arguments: dict[str, Any]) -> int:
+    """GPUs of one server: the product of its sizes, whichever of their spellings is used."""
+    sizes = {option: 1 for option in (known_arguments()[size].option for size in SIZES)}
+    for name, value in arguments.items():
+        argument = known_arguments().get(name.replace("-", "_"))
+        if argument is not None and argument.option in sizes and isinstance(value, int):
+            sizes[argument.option] = value
+    product = 1
+    for size in sizes.values():
+        product *= size
+    return product
+
+
+def _dealt(servers: ServerSettings, each: int, count: int) -> list[tuple[int | str, ...]]:
+    """The GPUs of each server, in order and without sharing."""
+    gpus: Sequence[int | str] = servers.gpus if servers.gpus is not None else _visible_gpus()
+    if len(set(gpus)) != len(gpus) or len(gpus) < count * each:
+        raise SettingsError(
+            f"servers.count = {count}: {count} servers take {each} GPUs each (sglang.tp_size x sglang.pp_size), "
+            f"and there are {len(set(gpus))} for them. Start fewer servers, or name GPUs in servers.gpus."
+        )
+    return [tuple(gpus[index * each : (index + 1) * each]) for index in range(count)]
+
+
+def _visible_gpus() -> Sequence[int | str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them. Asked without torch, which takes seconds to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return range(len(list(Path("/dev").glob("nvidia[0-9]*")))) if visible is None else visible.split(",")

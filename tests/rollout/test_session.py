@@ -1,0 +1,161 @@
+"""Sampling as a whole on a real server: prompts in, groups with honest log-probs and rewards in the bank."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.settings import Settings
+from megatron_rl.rollout.bank.reader import BankReader
+from megatron_rl.rollout.environment import Environment, Observation
+from megatron_rl.rollout.only import Filled, fill, read_state
+from megatron_rl.rollout.session import Session, open_session
+from megatron_rl.types import Prompt, Sample
+from tests.servers import TinyServer
+
+
+def settings_of(server: TinyServer, folder: Path, **sections: Any) -> Settings:
+    defaults: dict[str, Any] = {
+        "policy": {"init": server.model},
+        "precision": {"dtype": "float32"},
+        "batch": {"max_tokens": 400},
+        "data": {"sources": [{"path": "task:arithmetic"}]},
+        "rewards": [{"name": "numeric"}, {"name": "length", "weight": 0.5, "options": {"high": 8}}],
+        "sampling": {"groups": 2, "group_size": 3, "max_new_tokens": 12},
+        "servers": {"urls": [server.server.url]},
+        "run": {"directory": folder / "run"},
+    }
+    return Settings.model_validate({name: sections.get(name, given) for name, given in {**sections, **defaults}.items()})
+
+
+def filled(settings: Settings, steps: int) -> list[Filled]:
+    async def run() -> list[Filled]:
+        model = read_architecture(settings.policy.config)
+        return [each async for each in fill(settings, model, steps, lambda session, step: None)]
+
+    return asyncio.run(run())
+
+
+def sampled(settings: Settings, work: Callable[[Session], Any]) -> Any:
+    async def run() -> Any:
+        async with open_session(settings, read_architecture(settings.policy.config), ()) as session:
+            return await work(session)
+
+    return asyncio.run(run())
+
+
+def check_log_probs(model: Path, samples: list[Sample], temperature: float) -> None:
+    """What the server said of the tokens it wrote is what transformers says, at the sampling temperature."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for sample in samples:
+        with torch.no_grad():
+            logits = loaded(torch.from_numpy(sample.tokens)[None]).logits[0, :-1] / temperature
+        theirs = logits.log_softmax(-1).gather(1, torch.from_numpy(sample.tokens[1:])[:, None])[:, 0].numpy()
+        wrote = sample.loss_mask[1:]
+        np.testing.assert_allclose(sample.log_probs[1:][wrote], theirs[wrote], atol=1e-4)
+        assert not sample.log_probs[1:][~wrote].any()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_steps_are_sealed_and_sampling_goes_on(tiny_server: TinyServer, tmp_path: Path, temperature: float) -> None:
+    policy = {"init": tiny_server.model, "temperature": temperature}
+    settings = settings_of(tiny_server, tmp_path, policy=policy)
+    assert [each.collected.step for each in filled(settings, 2)] == [0, 1]
+    assert [each.collected.step for each in filled(settings, 3)] == [2]  # only what is missing
+    assert filled(settings, 3) == []
+    step, position = read_state(settings.run.directory)
+    assert (step, position.draws, position.pending) == (3, 6, ())
+    reader = BankReader(settings.bank_directory)
+    groups = [group for number in reader.steps() for group in reader.step(number).groups()]
+    assert [group.key.partition("@")[2] for group in groups] == [str(draw) for draw in range(6)]
+    samples = [sample for group in groups for sample in group.samples]
+    assert len(samples) == 18 and all(sample.failure is None for sample in samples)
+    for sample in samples:
+        assert sample.rewards.keys() == {"numeric", "length"}
+        assert sample.reward == pytest.approx(sample.rewards["numeric"] + 0.5 * sample.rewards["length"])
+        assert [segment.version for segment in sample.segments] == [None, 0]
+    check_log_probs(tiny_server.model, samples, temperature)
+
+
+def test_episodes_with_a_tool(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """A random model never calls the calculator, so what it says is taken for a call: two turns of it, one answer between."""
+    environment = "tests.rollout.test_session:Echo"
+    sampling = {"strategy": "episodes", "environment": environment, "groups": 1, "group_size": 2, "max_turns": 2}
+    settings = settings_of(tiny_server, tmp_path, sampling={**sampling, "max_new_tokens": 200, "stop_token_ids": [20, 30]})
+    (report,) = filled(settings, 1)
+    assert report.failed == 0
+    (group,) = BankReader(settings.bank_directory).step(0).groups()
+    turned = 0
+    for sample in group.samples:
+        authors = [segment.author for segment in sample.segments]
+        if len(authors) > 2:
+            turned += 1
+            assert authors == ["prompt", "policy", "environment", "policy"]
+            said = sample.segments[2]
+            assert not sample.loss_mask[said.start : said.stop].any()
+        assert sample.loss_mask.sum() == sum(s.stop - s.start for s in sample.segments if s.author == "policy")
+    assert turned
+    check_log_probs(tiny_server.model, list(group.samples), 1.0)
+
+
+def test_partial_responses_go_on_with_the_same_tokens(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Responses that are cut off end up in a later step as one stream: every token once, its log-prob that of the whole."""
+    sampling = {"groups": 1, "group_size": 2, "max_new_tokens": 120, "partial": True, "over_sampling": 3.0}
+    settings = settings_of(tiny_server, tmp_path, sampling=sampling)
+
+    async def work(session: Session) -> tuple[int, int]:
+        cut = continued = 0
+        for step in range(4):
+            session.collector.updated(step)
+            before = {key: session.bank.read(key) for key in session.bank.carried()}
+            cut += (await session.collector.collect(step)).cut
+            with session.bank.sealed(step) as sealed:
+                for group in sealed.groups():
+                    known = before[group.key].samples if group.key in before else ()
+                    for old, new in zip(known, group.samples, strict=False):
+                        assert (new.tokens[: old.length] == old.tokens).all()
+                        assert (new.log_probs[: old.length] == old.log_probs).all()
+                        continued += new.length > old.length > old.prompt_length
+        return cut, continued
+
+    cut, continued = sampled(settings, work)
+    assert cut > 0 and continued > 0
+    reader = BankReader(settings.bank_directory)
+    samples = [sample for number in reader.steps() for group in reader.step(number).groups() for sample in group.samples]
+    assert all(sample.finish != "abort" for sample in samples)
+    check_log_probs(tiny_server.model, samples, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"servers": {"urls": ["http://127.0.0.1:9"]}}, "Correct servers.urls"),
+        ({"rewards": [{"name": "numerik"}]}, "Did you mean 'numeric'"),
+        ({"rewards": [{"name": "code"}]}, "reads the column"),
+        ({"data": {"sources": [{"path": "task:arithmatic"}]}}, "arithmetic"),
+        ({"data": {"sources": []}}, "there are no sources of train prompts"),
+    ],
+)
+def test_what_cannot_work_is_said_at_the_start(
+    tiny_server: TinyServer, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        filled(settings_of(tiny_server, tmp_path, **sections), 1)
+
+
+class Echo(Environment):
+    """Answers whatever is said, once."""
+
+    async def reset(self, prompt: Prompt) -> None:
+        self.said = 0
+
+    async def step(self, text: str) -> Observation:
+        self.said += 1
+        return Observation(({"role": "tool", "content": "go on"},), done=self.said == 2)
