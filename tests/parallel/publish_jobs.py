@@ -22,10 +22,10 @@ def publish(
     settings: dict[str, Any],
     version: int,
     urls: Sequence[str],
-    kill: tuple[int, int] | None = None,
+    kill: tuple[int, int, int] | None = None,
     known: Sequence[str] = (),
 ) -> Report:
-    """Publish the policy's first weights. `kill` names a process, and the bucket after which it is killed.
+    """Publish the policy's first weights. `kill` names a process, and the bucket and the rank after which it is killed.
 
     `known` servers have been given this version by an earlier publisher of the same run.
     """
@@ -34,7 +34,7 @@ def publish(
     publisher.given.update(dict.fromkeys(known, version))
 
     def tell(done: int, total: int) -> None:
-        if kill is not None and launch.rank == 0 and done == kill[1] < total:
+        if kill is not None and launch.rank == kill[2] and done == kill[1] < total:
             os.kill(kill[0], signal.SIGKILL)
 
     async def in_time() -> Report:

@@ -110,6 +110,8 @@ class Delivery:
         if self.held:
             if self.state in ("changing", "whole", "proving"):
                 self.state = "dropped"
+        elif self.state == "running" and not self.well:  # it failed before it was paused: is it there at all?
+            self.state = "running" if await self._in_time(self.server.server_info) else "lost"
         elif self.state in ("pausing", "paused"):
             self.state = "running" if await self._in_time(self.server.resume) else "lost"
         elif self.state in ("changing", "whole", "proving"):

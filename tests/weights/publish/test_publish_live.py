@@ -189,13 +189,15 @@ def test_a_server_killed_on_the_way(more: More, tiny_server: TinyServer, cluster
     """Two ranks send to two servers; one is killed in the middle. The other goes on; the first gets all when it is back."""
     twin, first = more.twin, tiny_server.server
 
-    settings = settings_of(tiny_server.other, {"transport": "broadcast", "senders": 2})
+    settings = settings_of(tiny_server.other, {"transport": "broadcast", "senders": 2}, layout={"tensor": 2})
     job = partial(cluster.run, "tests.parallel.publish_jobs:publish", 2, settings=settings, urls=[first.url, twin.url])
     (pid,) = (int(line.split()[0]) for line in Path(f"/proc/{twin.pid}/task/{twin.pid}/children").read_text().splitlines())
-    report: Report = job(version=1, kill=(pid, 3))[0]
+    report: Report = job(version=1, kill=(pid, 3, 1))[0]
     outcomes = {outcome.url: outcome for outcome in report.outcomes}
     assert outcomes[first.url].result == "updated" and report.serving == (first.url,)
-    assert outcomes[twin.url].result == "lost" and twin.url in report.failures[0]
+    assert outcomes[twin.url].result == "lost"
+    assert report.failures == (f"{twin.url} (lost): {outcomes[twin.url].failure}",)
+    assert "could not be reached" in report.failures[0]
     run(serves(first.url, tiny_server.other, 1))
     again = Server.start(twin.options, int(twin.url.rsplit(":", 1)[1]))
     with again:
