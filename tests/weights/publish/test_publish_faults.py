@@ -11,12 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.errors import Unreachable
+from megatron_rl.rollout.fleet import UpdateFailed
+from megatron_rl.rollout.health import Healthy, Outdated
+from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.suitability import Demands
+from megatron_rl.train.publishing import publish_to_pool
 from megatron_rl.weights.publish.errors import WrongWeights
 from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
-from tests.servers import VOCABULARY, TinyServer
+from tests.servers import SHAPE, VOCABULARY, TinyServer
 from tests.weights.publish.live import CLOSE, connect, log_probs, run, serves, with_publisher
 
 When = Literal["before", "after", "from then on"]
@@ -123,6 +129,29 @@ def test_a_call_that_fails(way: str, when: When, tiny_server: TinyServer) -> Non
     publish = {"transport": way, "bucket_bytes": 400_000}
     with_publisher(tiny_server.other, work, fault.connect, publish=publish, servers={"update": mode})
     assert ("lost" if when == "from then on" else "quarantined") in seen
+
+
+def test_a_pool_hears_which_server_failed(tiny_server: TinyServer) -> None:
+    """It was held by the pool, which puts it aside; when the wire is whole again it is brought up to date."""
+    url, fault = tiny_server.server.url, Fault()
+
+    async def work(publisher: Publisher) -> None:
+        settings = ServerSettings(urls=(url,), probe_seconds=0.2)
+        async with Pool(settings, Demands("qwen3_moe", VOCABULARY, SHAPE)) as pool:
+            await pool.begin()
+            (worker,) = pool.fleet.workers.values()
+            fault.at = 0  # the update itself: pausing is the pool's
+            with pytest.raises(UpdateFailed, match="cut before"):
+                await publish_to_pool(publisher, 1, pool)
+            assert not worker.works and pool.fleet.version == 0
+            fault.at = None
+            while not isinstance(worker.health, Healthy | Outdated):
+                await asyncio.sleep(0.05)
+            report = await publish_to_pool(publisher, 2, pool)
+            assert report.serving == (url,) and worker.works and pool.fleet.version == 2
+
+    with_publisher(tiny_server.other, work, fault.connect, publish={"transport": "disk"})
+    run(serves(url, tiny_server.other, 2))
 
 
 class Corrupting(Client):
