@@ -1,7 +1,8 @@
 """Looks after one server: waits for it, admits it to work, probes it, restarts it, and knows when it is past help."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,8 +14,10 @@ from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.health import Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
 from megatron_rl.rollout.replies import ServerInfo
 from megatron_rl.rollout.server import start_again
-from megatron_rl.rollout.suitability import Demands, inspect
+from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
 from megatron_rl.rollout.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 type Load = Callable[[Client], Awaitable[None]]  # brings one server to the current weights
 
@@ -97,7 +100,7 @@ class Caretaker:
         if self._notice_death() or not isinstance(worker.health, Quarantined):
             return
         try:
-            await worker.client.resume()  # an update may have failed while it was paused
+            await self._wake()
             reason = await self._complaint()
             if reason is None:
                 await self._admit()
@@ -109,6 +112,10 @@ class Caretaker:
             self._move(Quarantined, Dead(f"killed, since it did not recover: {reason}"))
         else:
             self._move(Quarantined, Quarantined(reason))
+
+    async def _wake(self) -> None:
+        """An update may have failed while the server was paused."""
+        await self._worker.client.resume()
 
     async def _restart(self) -> None:
         """Start a server of our own again at its old address; others stay dead until they are told to go."""
@@ -187,3 +194,40 @@ class Caretaker:
                 while not heed_look and not isinstance(self._worker.health, Left):
                     self._worker.look.clear()
                     await self._worker.look.wait()
+
+
+class RouterCaretaker(Caretaker):
+    """Looks after a router: it has no weights, and only has to pass generation on to servers that we know."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        demands: Demands,
+        settings: ServerSettings,
+        weights: Weights,
+        make_client: Callable[[str], Client],
+        known: Callable[[], Iterable[str]],
+    ) -> None:
+        super().__init__(worker, demands, settings, weights, make_client)
+        self._known = known
+
+    async def _wake(self) -> None:
+        """A router is never paused."""
+
+    async def _admit(self) -> None:
+        worker, before = self._worker, self._worker.health
+        behind = await worker.client.behind()
+        if behind is None:
+            logger.warning(
+                "servers.router = %s does not tell its servers; each must be in servers.urls or the file", worker.url
+            )
+        unknown = set(behind or ()) - set(self._known())
+        if unknown:
+            raise UnsuitableServer(
+                f"The router {worker.url} passes requests to {', '.join(sorted(unknown))}, which new weights would not reach. "
+                "Name them in servers.urls or servers.urls_file, or take them from the router."
+            )
+        reason = await self._complaint()
+        if reason is not None:
+            raise UnsuitableServer(f"The router {worker.url} cannot pass requests on: {reason}. Correct servers.router.")
+        self._move(type(before), Healthy())

@@ -282,6 +282,17 @@ class Client:
         with self._connection.trusting("/model_info"):
             return replies.read_model_info(reply)
 
+    async def behind(self) -> tuple[str, ...] | None:
+        """The servers behind this one, if it is a router that tells; None if it is a server, or another kind of router."""
+        try:
+            reply = await self._connection.ask("/workers")
+        except Refused as refused:
+            if refused.status == httpx.codes.NOT_FOUND:
+                return None
+            raise
+        with self._connection.trusting("/workers"):
+            return replies.read_workers(reply)
+
     async def vocabulary_size(self) -> int:
         """How many tokens the server's model has. It tells when it refuses a bias for a token that no model has."""
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "logit_bias": {str(2**31 - 1): 0.0}}}

@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from megatron_rl.config.rollout_settings import ServerSettings
-from megatron_rl.rollout.caretaker import Caretaker, Load, Weights
+from megatron_rl.rollout.caretaker import Caretaker, Load, RouterCaretaker, Weights
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.connection import Patience
+from megatron_rl.rollout.dispatch import Capacity, Desk
 from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.health import Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports, stop_servers
@@ -51,6 +52,7 @@ class Fleet:
         self, settings: ServerSettings, demands: Demands, api_key: str | None, version: int, changed: Callable[[], None]
     ) -> None:
         self.workers: dict[str, Worker] = {}
+        self.router: Worker | None = None  # generation goes through it, if there is one
         self._settings = settings
         self._demands = demands
         self._api_key = api_key
@@ -85,6 +87,8 @@ class Fleet:
                 await self._read_file(self._settings.urls_file)
                 self._watching = asyncio.create_task(self._watch_file(self._settings.urls_file))
                 await self._some_work()
+            if self._settings.router is not None:
+                await self._meet_router(self._settings.router)
         except BaseException:
             await self.close()
             raise
@@ -118,8 +122,27 @@ class Fleet:
         await stop_servers([worker.server for worker in workers if worker.server is not None])
 
     def everybody(self) -> list[Worker]:
-        """All servers, also those that only finish what they have."""
-        return [*self.workers.values(), *self._leaving]
+        """All servers, also those that only finish what they have, and the router."""
+        return [*self.workers.values(), *self._leaving, *([self.router] if self.router else [])]
+
+    def at_work(self) -> Iterator[tuple[Worker, Desk]]:
+        """Who gets requests, with what it has to do.
+
+        A router gets all, as many as its servers take together. What it does not know is which of them has old weights: as
+        long as one has, it gets none.
+        """
+        working = [worker for worker in self.workers.values() if worker.works]
+        if self.router is None:
+            yield from ((worker, worker.desk) for worker in working)
+        elif working and self.router.works and not any(isinstance(w.health, Paused | Outdated) for w in self.workers.values()):
+            capacities = [worker.desk.capacity for worker in working]
+            self.router.desk.capacity = Capacity(sum(c.requests for c in capacities), sum(c.tokens for c in capacities))
+            yield self.router, self.router.desk
+
+    async def abort(self, worker: Worker, request: str) -> None:
+        """End a request; one that a router has passed on is some server's."""
+        servers = self.workers.values() if worker is self.router else [worker]
+        await asyncio.gather(*(server.client.abort(request) for server in servers))
 
     def states(self) -> str:
         """All servers with their health, for messages."""
@@ -182,8 +205,9 @@ class Fleet:
         try:
             if mode == "abort":
                 await worker.client.abort_all()
-                if worker.attempts:  # a server that still works on any looks again only after a second
-                    await asyncio.wait(worker.attempts.values(), timeout=DRAIN_SECONDS)
+                attempts = (self.router or worker).attempts
+                if attempts:  # a server that still works on any looks again only after a second
+                    await asyncio.wait(attempts.values(), timeout=DRAIN_SECONDS)
             await worker.client.pause(mode)
         except ServerError as error:
             self._quarantine(worker, f"it could not be paused: {error}")
@@ -235,6 +259,18 @@ class Fleet:
         own = self._settings
         patience = Patience(answer=own.answer_seconds, silence=own.silence_seconds, update=own.update_seconds)
         return Client(url, self._demands.vocabulary, self._api_key, patience)
+
+    async def _meet_router(self, url: str) -> None:
+        if self._demands.routing is not None:
+            raise UnsuitableServer(
+                f"servers.router = {url}: a router drops the routing that replay needs. Remove servers.router, or the replay."
+            )
+        self.router = Worker(self._client(url.rstrip("/")), self._changed, self._settings.probes)
+        caretaker = RouterCaretaker(
+            self.router, self._demands, self._settings, self._weights, self._client, lambda: self.workers
+        )
+        self._cares[self.router] = asyncio.create_task(caretaker.run())
+        await self._settled([self.router])
 
     async def _see_off(self, worker: Worker, care: asyncio.Task[None]) -> None:
         """Wait for its requests to end, then let it go."""

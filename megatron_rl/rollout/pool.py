@@ -140,7 +140,7 @@ class Pool:
     async def _end(self, worker: Worker, request: str, attempt: "asyncio.Task[object]") -> None:
         """Ask the server for an end, which brings all tokens and the routing; one that does not answer is left."""
         try:
-            await worker.client.abort(request)
+            await self.fleet.abort(worker, request)
             await asyncio.wait([attempt], timeout=self._settings.answer_seconds)
         except ServerError as error:
             worker.request_failed(str(error))
@@ -181,7 +181,7 @@ class Pool:
                 if piece.finish is not None:
                     return "stop" if growing.stopped else piece.finish
                 if growing.stopped:  # an abort brings the rest of what was computed, and the routing with it
-                    await worker.client.abort(request)
+                    await self.fleet.abort(worker, request)
         raise AssertionError("a stream ends with its response, or with an error")
 
     async def _after_failure(self, failures: Sequence[ServerError], interruptions: int) -> None:
@@ -216,8 +216,7 @@ class Pool:
         while self._queue:
             first = self._queue[0]
             if not first.place.done():
-                desks = ((worker, worker.desk) for worker in self.fleet.workers.values() if worker.works)
-                worker = self._homes.choose(first.group, desks, first.weight)
+                worker = self._homes.choose(first.group, self.fleet.at_work(), first.weight)
                 if worker is None:
                     return
                 worker.desk.take(first.weight)
@@ -239,7 +238,7 @@ class Pool:
         last = loop.time()
         while True:
             await asyncio.sleep(GLANCE)
-            if any(worker.works for worker in self.fleet.workers.values()) or self.fleet.updating:
+            if any(self.fleet.at_work()) or self.fleet.updating:
                 last = loop.time()
             elif loop.time() - last > self._settings.outage_seconds:
                 told = f"No server has worked for {self._settings.outage_seconds:.0f} s (servers.outage_seconds):\n"

@@ -237,6 +237,13 @@ def read_checksums(reply: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in member(rank, "checksums", dict).items()} for rank in ranks]
 
 
+def read_workers(reply: Mapping[str, Any]) -> tuple[str, ...]:
+    workers = member(reply, "workers", list)
+    if not all(isinstance(worker, dict) for worker in workers):
+        raise Untrusted("workers is not a list of mappings")
+    return tuple(member(worker, "url", str).rstrip("/") for worker in workers)
+
+
 def member[T](reply: Mapping[str, Any], name: str, kind: type[T]) -> T:
     """A field that must be there and of its kind."""
     if name not in reply:

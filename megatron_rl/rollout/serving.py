@@ -46,7 +46,7 @@ async def _keep(servers: list[Server], restarts: int, say: Callable[[str], None]
                 continue
             if left[index] == 0:
                 raise ServerStartError(
-                    f"The SGLang server at {server.url} ended for the {restarts + 1}. time (servers.restarts). "
+                    f"The SGLang server at {server.url} ended, and may not be started again (servers.restarts = {restarts}). "
                     f"Its last words are in {server.options.log}."
                 )
             left[index] -= 1

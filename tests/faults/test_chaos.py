@@ -31,7 +31,7 @@ from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 PROMPTS, SIZE, NEW = 200, 4, 24
 CLOSE = 1e-4  # log-probs in float32, by different kernels
 FAULTS: tuple[Fault, ...] = get_args(Fault.__value__)
-SECONDS = 240.0
+SECONDS = 420.0
 
 
 def prompt(number: int) -> list[int]:

@@ -15,7 +15,7 @@ from megatron_rl.rollout.errors import Refused
 from tests.servers import TinyServer
 
 PROMPT = [10, 20, 30, 40, 50, 60, 70]
-SECONDS = 60.0  # far above what anything here takes: a hang fails instead of waiting for the test's own limit
+SECONDS = 120.0  # far above what anything here takes: a hang fails instead of waiting for the test's own limit
 
 
 def talk[T](server: TinyServer, work: Callable[[Client], Awaitable[T]]) -> T:

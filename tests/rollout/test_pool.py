@@ -54,6 +54,10 @@ def with_pool[T](server: TinyServer, work: Callable[[Pool], Awaitable[T]], deman
     return asyncio.run(run())
 
 
+async def talk_of_nothing(_: Pool) -> None:
+    """Begin, and end."""
+
+
 def check_against(model: Path, response: Generation, start: int = 0, stop: int | None = None) -> None:
     """The tokens start … stop of a response have the log-probs that transformers gives them with these weights."""
     expected = reference_log_probs(model, [*PROMPT, *response.tokens.tolist()])[len(PROMPT) :]
@@ -225,12 +229,9 @@ def model(tiny_server: TinyServer) -> Architecture:
 
 
 def test_who_cannot_sample_is_refused_with_a_fix(tiny_server: TinyServer, model: Architecture) -> None:
-    async def nothing(_: Pool) -> None:
-        pass
-
     demands = Demands.of(model, routing=True, longest=2000)
     assert demands == replace(DEMANDS, longest=2000)
-    with_pool(tiny_server, nothing, demands)
+    with_pool(tiny_server, talk_of_nothing, demands)
     for wrong, said in {
         replace(demands, family="llama"): "a qwen3_moe model; this run trains a llama model.*correct servers.urls",
         replace(demands, vocabulary=600): "has 512 tokens; the policy's has 600",
@@ -238,10 +239,10 @@ def test_who_cannot_sample_is_refused_with_a_fix(tiny_server: TinyServer, model:
         replace(demands, seeded=True): "--enable-deterministic-inference",
     }.items():
         with pytest.raises(UnsuitableServer, match=said):
-            with_pool(tiny_server, nothing, wrong)
+            with_pool(tiny_server, talk_of_nothing, wrong)
     dead = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(UnsuitableServer, match=rf"{dead}.*Is an SGLang server running.*megatron-rl serve"):
-        with_pool(tiny_server, nothing, urls=(tiny_server.server.url, dead))
+        with_pool(tiny_server, talk_of_nothing, urls=(tiny_server.server.url, dead))
 
 
 def test_what_is_refused_is_not_tried_again(tiny_server: TinyServer) -> None:
@@ -330,3 +331,36 @@ def test_a_response_is_cancelled_with_its_task(tiny_server: TinyServer) -> None:
             await flush(client)  # refused while any of the cancelled still runs
 
     with_pool(tiny_server, cancel, max_in_flight=2)
+
+
+def test_generation_goes_through_a_router_and_nothing_else_does(tiny_server: TinyServer) -> None:
+    """The server itself stands in for a router that passes everything to it, and a proxy counts what does."""
+    demands = replace(DEMANDS, routing=None)
+
+    async def route() -> tuple[list[Generation], Sequence[Generation]]:
+        async with asyncio.timeout(SECONDS), Proxy(tiny_server.server.port) as proxy:
+            settings = ServerSettings(**{**PATIENT, "urls": (tiny_server.server.url,), "router": proxy.url, "max_in_flight": 3})
+            async with Pool(settings, demands) as pool:
+                await pool.begin()
+                (worker,) = pool.fleet.workers.values()
+                sampling = Sampling(100, ignore_end=True)
+                running = [asyncio.create_task(pool.generate(PROMPT, sampling, group=str(n))) for n in range(5)]
+                await asyncio.sleep(0.3)
+                assert not worker.attempts and pool.fleet.router is not None and len(pool.fleet.router.attempts) == 3
+                await pool.fleet.update(1, lambda client: client.set_version(1))
+                whole = await asyncio.gather(*running)
+                cut = [asyncio.create_task(pool.generate(PROMPT, replace(sampling, max_new_tokens=900), group="g"))]
+                await asyncio.sleep(0.2)
+                await pool.interrupt()
+                ended = await asyncio.gather(*cut)
+                await worker.client.set_version(0)
+                return whole, ended
+
+    whole, ended = asyncio.run(route())
+    assert all(len(response.tokens) == 100 for response in whole)
+    assert [span.version for span in whole[0].spans] == [0, 1]
+    assert ended[0].finish == "abort" and 0 < len(ended[0].tokens) < 900
+    with pytest.raises(UnsuitableServer, match=r"servers\.router = .*drops the routing"):
+        with_pool(tiny_server, talk_of_nothing, router=tiny_server.server.url)
+    with pytest.raises(UnsuitableServer, match=r"/workers: All connection attempts failed"):
+        with_pool(tiny_server, talk_of_nothing, demands, router=f"http://127.0.0.1:{free_ports(1)[0]}")
