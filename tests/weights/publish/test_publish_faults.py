@@ -148,7 +148,7 @@ def test_a_pool_hears_which_server_failed(tiny_server: TinyServer) -> None:
             while not isinstance(worker.health, Healthy | Outdated):
                 await asyncio.sleep(0.05)
             report = await publish_to_pool(publisher, 2, pool)
-            assert report.serving == (url,) and worker.works and pool.fleet.version == 2
+            assert report.serving == (url,) and isinstance(worker.health, Healthy) and pool.fleet.version == 2
 
     with_publisher(tiny_server.other, work, fault.connect, publish={"transport": "disk"})
     run(serves(url, tiny_server.other, 2))
