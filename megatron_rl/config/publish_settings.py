@@ -37,7 +37,7 @@ class PublishSettings(Section):
     )
     probe: bool = Field(True, description="After each publish, compare every server's log-probs with the policy's.")
     probe_sequences: PositiveInt = Field(4, description="Sequences of random tokens that are compared, the same in every run.")
-    probe_tokens: int = Field(64, ge=2, description="Tokens of each.")
+    probe_tokens: int | None = Field(None, ge=2, description="Tokens of each; default: 64, or as many as sequences may have.")
     tolerance: PositiveFloat | None = Field(
         None,
         description="Largest mean |difference| of a sequence's log-probs. Default by the policy's format: 1e-4 (float32), "

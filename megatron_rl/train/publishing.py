@@ -55,6 +55,7 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
         seconds=settings.servers.update_seconds,
         machines=-(-layout.world_size // layout.launch.local_world_size),
         quantizer=fp8_quantizer(weight_map, quantization),
+        longest=settings.batch.max_sequence or settings.batch.max_tokens,
     )
 
 

@@ -24,7 +24,7 @@ def the_folder_is_a_folder(case: Case) -> Iterator[str]:
 def probes_fit_a_pack(case: Case) -> Iterator[str]:
     publish, batch = case.settings.publish, case.settings.batch
     longest = min(batch.max_sequence or batch.max_tokens, batch.max_tokens)
-    if publish.probe and publish.probe_tokens > longest:
+    if publish.probe and publish.probe_tokens is not None and publish.probe_tokens > longest:
         yield problem(
             f"publish.probe_tokens = {publish.probe_tokens}",
             f"the policy takes sequences of {longest} tokens at most (batch.max_sequence, batch.max_tokens)",

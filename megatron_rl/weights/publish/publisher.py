@@ -64,6 +64,9 @@ class Shipment:
     differences: dict[str, float] = field(default_factory=dict)
 
 
+PROBE_TOKENS = 64  # of each probe sequence, where nobody said otherwise
+
+
 class Publisher:
     """Publishes one policy's weights, again and again."""
 
@@ -79,7 +82,9 @@ class Publisher:
         seconds: float = 3600.0,
         machines: int = 1,
         quantizer: Quantizer | None = None,
+        longest: int = PROBE_TOKENS,
     ) -> None:
+        """`longest` is how many tokens the policy takes, for probes whose length nobody chose."""
         self.weights = weights
         self.settings = settings
         self.connect = connect
@@ -95,7 +100,8 @@ class Publisher:
         self.given: dict[str, int] = {}  # server -> the version that it got from us
         self._units = units(weights.weight_map, weights.dtype)
         vocabulary = weights.weight_map.architecture.vocab
-        self._sequences = probe_sequences(vocabulary, settings.probe_sequences, settings.probe_tokens)
+        tokens = settings.probe_tokens or min(PROBE_TOKENS, longest)
+        self._sequences = probe_sequences(vocabulary, settings.probe_sequences, tokens)
 
     async def publish(
         self, version: int, targets: Sequence[Target], tell: Tell | None = None, halt: Halt | None = None
