@@ -10,7 +10,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity
-from megatron_rl.rollout.errors import ServerError
+from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.health import Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
 from megatron_rl.rollout.replies import ServerInfo
 from megatron_rl.rollout.server import start_again
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 type Load = Callable[[Client], Awaitable[None]]  # brings one server to the current weights
 
 HURRY = 1.0  # seconds between looks at a suspect
+FLUSHES = 5  # tries at a flush
 LONGEST_REST = 3  # doublings of the time between looks at a quarantined server, or between restarts
 
 
@@ -32,6 +33,18 @@ class Weights:
     version: int
     load: Load | None = None  # None: only the next update brings a server that missed one back
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+async def flush(client: Client) -> None:
+    """Free what old weights left in a server's prefix cache. Nobody would read it (`cache_key`), so a refusal is no harm."""
+    for _ in range(FLUSHES):
+        try:
+            await client.flush_cache()
+            return
+        except Refused as refused:  # a server is done with its last response a moment after that has arrived
+            last = refused
+            await asyncio.sleep(0.1)
+    logger.warning("the prefix cache of old weights stays: %s", last)
 
 
 class Caretaker:
@@ -145,7 +158,7 @@ class Caretaker:
                 worker.torn = True
                 await worker.client.pause("abort")
                 await weights.load(worker.client)
-                await worker.client.flush_cache()
+                await flush(worker.client)
                 await worker.client.resume()
                 version = (await worker.client.model_info()).version
                 worker.torn = False

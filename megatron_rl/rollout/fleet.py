@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from megatron_rl.config.rollout_settings import ServerSettings
-from megatron_rl.rollout.caretaker import Caretaker, Load, RouterCaretaker, Weights
+from megatron_rl.rollout.caretaker import Caretaker, Load, RouterCaretaker, Weights, flush
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.connection import Patience
 from megatron_rl.rollout.dispatch import Capacity, Desk
-from megatron_rl.rollout.errors import Refused, ServerError
+from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.health import Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports, stop_servers
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer
@@ -20,7 +20,6 @@ from megatron_rl.rollout.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-FLUSHES = 5  # tries at a flush
 DRAIN_SECONDS = 60.0  # for requests to end that a pause has ended
 
 
@@ -75,13 +74,12 @@ class Fleet:
 
     async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
         """Start servers of our own, meet the others, and wait until they work. One that cannot is UnsuitableServer."""
-        ports = free_ports(len(own))
-        for options, port in zip(own, ports, strict=True):
-            server = Server.start(options, port)
-            self._add(server.url, server)
-        for url in self._settings.urls:
-            self.join(url)
         try:
+            for options, port in zip(own, free_ports(len(own)), strict=True):
+                server = Server.start(options, port)
+                self._add(server.url, server)
+            for url in self._settings.urls:
+                self.join(url)
             await self._settled(list(self.workers.values()))
             if self._settings.urls_file is not None:
                 await self._read_file(self._settings.urls_file)
@@ -96,10 +94,7 @@ class Fleet:
     def join(self, url: str) -> Worker:
         """A server that somebody else runs. It gets work once it has been found well and suitable."""
         url = url.rstrip("/")
-        known = self.workers.get(url)
-        if known is not None and not isinstance(known.health, Left):
-            return known
-        return self._add(url, None)
+        return self.workers.get(url) or self._add(url, None)
 
     def leave(self, url: str) -> None:
         """No new work for this server. What it works on may finish; its end, if it comes, is taken as any other's."""
@@ -178,11 +173,12 @@ class Fleet:
         leaves no server with weights to be trusted; the next update does.
         """
         async with self._weights.lock:
-            workers = [worker for worker in self.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
-            for worker in workers:
+            well = [worker for worker in self.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
+            for worker in well:
                 worker.become(Paused())
-            await asyncio.gather(*map(self._pause, workers))
-            update = Update([worker for worker in workers if isinstance(worker.health, Paused)])
+            await asyncio.gather(*map(self._pause, well))
+            workers = [worker for worker in well if isinstance(worker.health, Paused)]
+            update = Update(workers)
             for worker in workers:
                 worker.torn = True
             try:
@@ -222,7 +218,7 @@ class Fleet:
                 self._quarantine(worker, f"after the update to weights {self._weights.version} it reports {version}")
                 return
             if self._settings.update == "abort":
-                await self._flush(worker.client)
+                await flush(worker.client)
             await worker.client.resume()
         except ServerError as error:
             self._quarantine(worker, f"it did not go on after an update: {error}")
@@ -230,17 +226,6 @@ class Fleet:
         if isinstance(worker.health, Paused):
             worker.torn = False
             worker.become(Healthy())
-
-    async def _flush(self, client: Client) -> None:
-        """Free what the old weights left in the prefix cache. Nobody would read it (`cache_key`), so a refusal is no harm."""
-        for _ in range(FLUSHES):
-            try:
-                await client.flush_cache()
-                return
-            except Refused as refused:  # a server is done with its last response a moment after that has arrived
-                last = refused
-                await asyncio.sleep(0.1)
-        logger.warning("the prefix cache of old weights stays: %s", last)
 
     def _quarantine(self, worker: Worker, reason: str) -> None:
         if isinstance(worker.health, Paused):

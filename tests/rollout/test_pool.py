@@ -106,15 +106,17 @@ def test_a_response_goes_on_under_new_weights(tiny_server: TinyServer) -> None:
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_response_lives_through_an_update(tiny_server: TinyServer, mode: str) -> None:
-    async def update(pool: Pool) -> Generation:
+    async def update(pool: Pool) -> tuple[Generation, Generation]:
         running = asyncio.create_task(pool.generate(PROMPT, Sampling(120, ignore_end=True), group="g"))
         await asyncio.sleep(0.25)
         async with pool.fleet.paused(1) as paused:
             for client in paused.clients:
                 await client.update_from_disk(str(tiny_server.other), 1)
-        return await running
+        later = await pool.generate(PROMPT, Sampling(20, ignore_end=True), group="g")
+        return await running, later
 
-    response = with_pool(tiny_server, update, update=mode)
+    response, later = with_pool(tiny_server, update, update=mode)
+    check_against(tiny_server.other, later)  # the prompt is in the prefix cache, as the old weights saw it
     assert [span.version for span in response.spans] == [0, 1]
     old = response.spans[0].length
     check_against(tiny_server.model, response, stop=old)
