@@ -39,6 +39,7 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
     "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # the scheduler else turns a whole core while nobody asks anything
     "dtype": "float32",
     "max_total_tokens": CPU_POOL_TOKENS,
 }

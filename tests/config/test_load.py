@@ -141,7 +141,7 @@ def values_of(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
     if origin is Annotated:
         return values_of(arguments[0], arguments[1:])
     if origin in (Union, types.UnionType):
-        return st.one_of(*(st.none() if option is type(None) else values_of(option) for option in arguments))
+        return st.one_of(*(st.none() if option is type(None) else values_of(option, metadata) for option in arguments))
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is tuple:
