@@ -1,7 +1,6 @@
 """Sampling as a whole on a real server: prompts in, groups with honest log-probs and rewards in the bank."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.environment import Environment, Observation
 from megatron_rl.rollout.only import Filled, fill, read_state
-from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.types import Prompt, Sample
 from tests.servers import TinyServer
 
@@ -39,14 +37,6 @@ def filled(settings: Settings, steps: int) -> list[Filled]:
     async def run() -> list[Filled]:
         model = read_architecture(settings.policy.config)
         return [each async for each in fill(settings, model, steps, lambda session, step: None)]
-
-    return asyncio.run(run())
-
-
-def sampled(settings: Settings, work: Callable[[Session], Any]) -> Any:
-    async def run() -> Any:
-        async with open_session(settings, read_architecture(settings.policy.config), ()) as session:
-            return await work(session)
 
     return asyncio.run(run())
 
@@ -103,34 +93,6 @@ def test_episodes_with_a_tool(tiny_server: TinyServer, tmp_path: Path) -> None:
         assert sample.loss_mask.sum() == sum(s.stop - s.start for s in sample.segments if s.author == "policy")
     assert turned
     check_log_probs(tiny_server.model, list(group.samples), 1.0)
-
-
-def test_partial_responses_go_on_with_the_same_tokens(tiny_server: TinyServer, tmp_path: Path) -> None:
-    """Responses that are cut off end up in a later step as one stream: every token once, its log-prob that of the whole."""
-    sampling = {"groups": 1, "group_size": 2, "max_new_tokens": 120, "partial": True, "over_sampling": 3.0}
-    settings = settings_of(tiny_server, tmp_path, sampling=sampling)
-
-    async def work(session: Session) -> tuple[int, int]:
-        cut = continued = 0
-        for step in range(4):
-            session.collector.updated(step)
-            before = {key: session.bank.read(key) for key in session.bank.carried()}
-            cut += (await session.collector.collect(step)).cut
-            with session.bank.sealed(step) as sealed:
-                for group in sealed.groups():
-                    known = before[group.key].samples if group.key in before else ()
-                    for old, new in zip(known, group.samples, strict=False):
-                        assert (new.tokens[: old.length] == old.tokens).all()
-                        assert (new.log_probs[: old.length] == old.log_probs).all()
-                        continued += new.length > old.length > old.prompt_length
-        return cut, continued
-
-    cut, continued = sampled(settings, work)
-    assert cut > 0 and continued > 0
-    reader = BankReader(settings.bank_directory)
-    samples = [sample for number in reader.steps() for group in reader.step(number).groups() for sample in group.samples]
-    assert all(sample.finish != "abort" for sample in samples)
-    check_log_probs(tiny_server.model, samples, 1.0)
 
 
 @pytest.mark.parametrize(
