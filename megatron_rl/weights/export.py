@@ -63,11 +63,12 @@ def write_export(
     """
     failure: str | None = None
     files = _Files(plan.of_rank(rank), folder)
+    places = {output.name: place for place, output in enumerate(o for file in plan.of_rank(rank) for o in file.tensors)}
     for tensors in gather(plan.rounds, slices, weight_map, dtype, device):
-        for name, tensor in tensors.items():
+        for name in sorted(tensors, key=places.__getitem__):  # a round comes in no order, a file is written in one
             if failure is None:
                 try:
-                    files.add(name, tensor.cpu())
+                    files.add(name, tensors[name].cpu())
                 except (CheckpointError, OSError) as error:
                     failure = str(error)
     return failure
