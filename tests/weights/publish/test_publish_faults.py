@@ -36,6 +36,7 @@ CONTROL = (
     "resume",
     "leave_group",
 )
+SHORT = {"probe_sequences": 1, "probe_tokens": 16}  # that many a probe, of which there are many here
 TOKENS = [7, 300, 41, 5, 99, 120, 8]
 
 
@@ -126,7 +127,7 @@ def test_a_call_that_fails(way: str, when: When, tiny_server: TinyServer) -> Non
             np.testing.assert_allclose(await client.score(TOKENS), new, atol=CLOSE)
 
     mode = "abort" if way == "broadcast" else "in_place"
-    publish = {"transport": way, "bucket_bytes": 400_000}
+    publish = {"transport": way, "bucket_bytes": 400_000 if when == "before" else 700_000, **SHORT}  # two buckets, or one
     with_publisher(tiny_server.other, work, fault.connect, publish=publish, servers={"update": mode})
     assert ("lost" if when == "from then on" else "quarantined") in seen
 
@@ -176,7 +177,7 @@ def test_a_tensor_that_arrives_wrong_is_named_and_ends_the_run(tiny_server: Tiny
             await publisher.publish(1, [Target(url)])
         await assert_put_aside(url)
 
-    with_publisher(tiny_server.other, work, lambda url: Corrupting(url, VOCABULARY), publish={"transport": "tensor"})
+    with_publisher(tiny_server.other, work, lambda url: Corrupting(url, VOCABULARY), publish={"transport": "tensor", **SHORT})
 
 
 def test_a_policy_that_computes_otherwise_is_told_apart_from_a_bad_link(tiny_server: TinyServer) -> None:
@@ -191,7 +192,7 @@ def test_a_policy_that_computes_otherwise_is_told_apart_from_a_bad_link(tiny_ser
         with pytest.raises(WrongWeights, match="Every kind of tensor, sent again, changes nothing"):
             await publisher.publish(1, [Target(tiny_server.server.url)])
 
-    with_publisher(tiny_server.other, work)
+    with_publisher(tiny_server.other, work, publish=SHORT)
 
 
 def test_versions_count_upwards(tiny_server: TinyServer) -> None:
