@@ -16,7 +16,7 @@ from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.environment import Environment, Observation
 from megatron_rl.rollout.only import Filled, fill, read_state
 from megatron_rl.types import Prompt, Sample
-from tests.servers import TinyServer
+from tests.servers import VOCABULARY, TinyServer
 
 
 def settings_of(server: TinyServer, folder: Path, **sections: Any) -> Settings:
@@ -75,23 +75,22 @@ def test_steps_are_sealed_and_sampling_goes_on(tiny_server: TinyServer, tmp_path
 
 
 def test_episodes_with_a_tool(tiny_server: TinyServer, tmp_path: Path) -> None:
-    """A random model never calls the calculator, so what it says is taken for a call: two turns of it, one answer between."""
+    """A random model never calls the calculator, so what it says is taken for a call: two turns of it, one answer between.
+
+    Every second token ends a turn, so that no turn goes on to its limit, which would end the episode.
+    """
     environment = "tests.rollout.test_session:Echo"
     sampling = {"strategy": "episodes", "environment": environment, "groups": 1, "group_size": 2, "max_turns": 2}
-    settings = settings_of(tiny_server, tmp_path, sampling={**sampling, "max_new_tokens": 200, "stop_token_ids": [20, 30]})
+    ends = list(range(1, VOCABULARY, 2))
+    settings = settings_of(tiny_server, tmp_path, sampling={**sampling, "max_new_tokens": 100, "stop_token_ids": ends})
     (report,) = filled(settings, 1)
     assert report.failed == 0
     (group,) = BankReader(settings.bank_directory).step(0).groups()
-    turned = 0
     for sample in group.samples:
-        authors = [segment.author for segment in sample.segments]
-        if len(authors) > 2:
-            turned += 1
-            assert authors == ["prompt", "policy", "environment", "policy"]
-            said = sample.segments[2]
-            assert not sample.loss_mask[said.start : said.stop].any()
+        assert [segment.author for segment in sample.segments] == ["prompt", "policy", "environment", "policy"]
+        said = sample.segments[2]
+        assert not sample.loss_mask[said.start : said.stop].any()
         assert sample.loss_mask.sum() == sum(s.stop - s.start for s in sample.segments if s.author == "policy")
-    assert turned
     check_log_probs(tiny_server.model, list(group.samples), 1.0)
 
 
