@@ -73,6 +73,7 @@ class Advantage(ABC):
     kind: ClassVar[str] = "advantage"
     name: ClassVar[str]
     on_policy_only: ClassVar[bool] = False  # its baseline is right only for samples of the policy itself
+    by_component: ClassVar[bool] = False  # it wants the named rewards, not their weighted sum
     per_turn: ClassVar[bool] = False  # rows are turns, and results go into the column `token_advantage`
 
     def __call__(self, rewards: Rewards, groups: Tensor, lengths: Tensor, turns: Tensor | None = None) -> Tensor:
@@ -163,6 +164,7 @@ class DecoupledRewards(Advantage):
     """GDPO's advantage: each named reward is standardised in its group by itself, so that none drowns the others."""
 
     name: ClassVar[str] = "gdpo"
+    by_component: ClassVar[bool] = True
 
     weights: Annotated[Mapping[str, float], "w_k by the reward's name; 1 for those not named"] = field(default_factory=dict)
     epsilon: Annotated[float, "ε: added to the standard deviation of a group"] = 1e-4

@@ -32,6 +32,38 @@ def prepare_groups(
     The packs of all replicas are one optimizer step and hold whole groups. Sequences need a `group` and the scalar `reward`,
     and `advantage` where the objective reads it. What comes back holds for the current weights: call it before each update.
     """
+    names, rows = _gathered(policy, packs, objective, columns)
+    scalars = {name: values.cpu().numpy() for name, values in objective.prepare(_table(rows, names)).items()}
+    place = {int(index): i for i, index in enumerate(rows[:, 0])}
+
+    def informed(sequence: TokenSequence) -> TokenSequence:
+        given = {name: float(values[place[sequence.index]]) for name, values in scalars.items()}
+        return replace(sequence, scalars={**sequence.scalars, **given})
+
+    return [replace(pack, sequences=tuple(informed(sequence) for sequence in pack.sequences)) for pack in packs]
+
+
+def gather_statistics(
+    policy: Policy,
+    packs: Sequence[Pack],
+    objective: GroupObjective,
+    columns: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, dict[int, float]]:
+    """What the objective measures of each sequence, by name and by the sequence's index, of all replicas."""
+    names, rows = _gathered(policy, packs, objective, columns)
+    return {
+        name: dict(zip(rows[:, 0].astype(int).tolist(), rows[:, OWN + place].tolist(), strict=True))
+        for place, name in enumerate(names)
+    }
+
+
+def _gathered(
+    policy: Policy,
+    packs: Sequence[Pack],
+    objective: GroupObjective,
+    columns: Mapping[str, Sequence[Tensor]] | None,
+) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Names of the statistics, and a row for each sequence of all replicas: OWN columns, then the statistics."""
     sequences = [sequence for pack in packs for sequence in pack.sequences]
     names: tuple[str, ...] = ()
     numbers: list[dict[str, NDArray[np.float64]]] = []
@@ -47,15 +79,7 @@ def prepare_groups(
         mine = np.column_stack([mine, *measured])  # [sequences of this replica, OWN + statistics]
     gathered = np.concatenate(policy.layout.replicas_have(mine)) if policy.layout.sees_loss else mine
     names, rows = policy.layout.object_from_last_stage((names, gathered))
-    rows = rows[rows[:, 0].argsort()]  # [N, OWN + statistics]
-    scalars = {name: values.cpu().numpy() for name, values in objective.prepare(_table(rows, names)).items()}
-    place = {int(index): i for i, index in enumerate(rows[:, 0])}
-
-    def informed(sequence: TokenSequence) -> TokenSequence:
-        given = {name: float(values[place[sequence.index]]) for name, values in scalars.items()}
-        return replace(sequence, scalars={**sequence.scalars, **given})
-
-    return [replace(pack, sequences=tuple(informed(sequence) for sequence in pack.sequences)) for pack in packs]
+    return names, rows[rows[:, 0].argsort()]  # [N, OWN + statistics]
 
 
 def _table(rows: NDArray[np.float64], names: Sequence[str]) -> GroupTable:

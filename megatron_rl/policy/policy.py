@@ -6,7 +6,7 @@ the packs of its own model replica.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_rl.config.checks import require_valid
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import alignment
 from megatron_rl.config.settings import Settings
-from megatron_rl.data.packing import CostModel, build_packs, level_packs, plan_packs
+from megatron_rl.data.packing import CostModel, Plan, build_pack, build_packs, level_packs, plan_packs
 from megatron_rl.objectives.base import Divisors, Objective, ObjectiveResult, TokenBatch
 from megatron_rl.policy.batch import PackTensors, local_indices, pack_tensors
 from megatron_rl.policy.head import LogProbHead, Wanted
@@ -92,19 +92,38 @@ class Policy:
 
         Every rank gives the same sequences and gets as many packs.
         """
-        settings, layout = self.settings, self.settings.layout
-        plan = plan_packs(
-            [sequence.length for sequence in sequences],
+        plan = self._plan([sequence.length for sequence in sequences])
+        packs = build_packs(sequences, plan, alignment(self.settings))
+        if self._levels:
+            packs = level_packs(packs)
+        return packs[self.layout.data_rank]
+
+    def pack_lengths(self, lengths: Sequence[int], read: Callable[[Sequence[int]], Sequence[TokenSequence]]) -> list[Pack]:
+        """The same packs where only the lengths are known everywhere: `read(positions)` fetches this replica's sequences.
+
+        Every rank gives the same lengths. A dispatcher that wants level packs needs every replica's, so it reads all.
+        """
+        if self._levels:
+            return self.pack(read(range(len(lengths))))
+        own = self._plan(lengths)[self.layout.data_rank]
+        positions = [position for pack in own for position in pack]
+        found = dict(zip(positions, read(positions), strict=True))
+        return [build_pack([found[position] for position in pack], alignment(self.settings)) for pack in own]
+
+    @property
+    def _levels(self) -> bool:
+        return self.settings.moe.dispatcher == "allgather" and self.settings.layout.expert > 1
+
+    def _plan(self, lengths: Sequence[int]) -> Plan:
+        layout = self.settings.layout
+        return plan_packs(
+            lengths,
             data_parallel=self.layout.data_size,
-            max_tokens=settings.batch.max_tokens,
-            alignment=alignment(settings),
+            max_tokens=self.settings.batch.max_tokens,
+            alignment=alignment(self.settings),
             cost=CostModel.of(self.architecture),
             multiple_of=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         )
-        packs = build_packs(sequences, plan, alignment(settings))
-        if settings.moe.dispatcher == "allgather" and layout.expert > 1:
-            packs = level_packs(packs)
-        return packs[self.layout.data_rank]
 
     def log_probs(
         self, packs: Sequence[Pack], *, entropy: bool = False, everywhere: bool = False, temperature: float | None = None

@@ -1,0 +1,136 @@
+"""One training step on what is in the bank: old log-probs, advantages, minibatches.
+
+    rows → minibatches of whole groups → packs → old (and reference) log-probs → advantages → updates × epochs
+
+Every rank runs it. Order matters in one place: penalties in the reward may need log-probs, advantages need rewards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_rl.config.settings import Settings
+from megatron_rl.objectives.advantages import Advantage
+from megatron_rl.objectives.base import Objective
+from megatron_rl.objectives.compose import ComposedObjective
+from megatron_rl.policy.group_pass import gather_statistics, prepare_groups
+from megatron_rl.policy.policy import Policy, UpdateReport
+from megatron_rl.policy.reference import Reference
+from megatron_rl.train.experience import ROLLOUT, Advantages, Experience, Rows, advantages_of
+from megatron_rl.types import Pack
+from megatron_rl.types import Sequence as TokenSequence
+
+type Columns = dict[str, list[Tensor]]  # per-token numbers by name, a tensor a pack
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One optimizer step's packs of this replica, with what was scored on them before any update."""
+
+    packs: list[Pack]
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What a training step did. The same on every rank."""
+
+    updates: Sequence[UpdateReport]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """Learns from sealed steps."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        advantage: Advantage | None,
+        settings: Settings,
+        reference: Reference | None = None,
+    ) -> None:
+        self.policy, self.objective, self.advantage, self.settings = policy, objective, advantage, settings
+        self.reference = reference
+        self._parts = objective if isinstance(objective, ComposedObjective) else None
+
+    def learn(self, step: int, rows: Rows) -> LearnReport:
+        """All minibatches of all epochs. A function of the weights, the rows and the step's number alone."""
+        experience = Experience.read(rows)
+        seed = (self.settings.run.seed, step)
+        parts = experience.minibatches(self.settings.batch.minibatches, seed)
+        minibatches = [self._scored(experience, part) for part in parts]
+        metrics = experience.metrics()
+        if self.advantage is not None:
+            rewards = self._adjusted_rewards(experience, minibatches)
+            advantages = advantages_of(self.advantage, experience, rewards)
+            metrics |= advantages.metrics(experience)
+            minibatches = [_informed(minibatch, advantages) for minibatch in minibatches]
+        updates = []
+        for epoch in range(self.settings.batch.epochs):
+            order = np.random.default_rng([*seed, epoch]).permutation(len(minibatches)) if epoch else range(len(minibatches))
+            updates += [self._update(minibatches[number]) for number in order]
+        return LearnReport(updates, {**metrics, **_mean([update.metrics for update in updates])})
+
+    # -- before the first update ---------------------------------------------------------------------------------------
+
+    def _scored(self, experience: Experience, rows: NDArray[np.int64]) -> Minibatch:
+        """Packs of a minibatch, and the log-probs that its objective reads, with the weights as they are."""
+        lengths = experience.lengths[rows].tolist()
+        packs = self.policy.pack_lengths(lengths, lambda positions: experience.sequences([int(rows[p]) for p in positions]))
+        wanted = self._parts.needs_columns if self._parts is not None else frozenset({"old"})
+        columns: Columns = {}
+        if "old" in wanted and self.settings.objective.old_log_probs == "recompute":
+            columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
+        if "old" in wanted and self.settings.objective.old_log_probs == "rollout":
+            packs = [replace(pack, sequences=tuple(map(_rollout_as_old, pack.sequences))) for pack in packs]
+        if self.reference is not None:
+            with self.reference.in_place():
+                columns["reference"] = [values.log_probs for values in self.policy.log_probs(packs)]
+        return Minibatch(packs, columns)
+
+    def _adjusted_rewards(self, experience: Experience, minibatches: Sequence[Minibatch]) -> NDArray[np.float64]:
+        """[rows] rewards after the penalties in the reward, which may need statistics of the scored log-probs."""
+        penalties = self._parts.reward_penalties if self._parts is not None else ()
+        if not penalties:
+            return experience.rewards
+        assert self._parts is not None
+        statistics: dict[str, NDArray[np.float64]] = {}
+        if any(penalty.needs_columns for penalty in penalties):
+            for minibatch in minibatches:
+                gathered = gather_statistics(self.policy, minibatch.packs, self._parts, minibatch.columns)
+                for name, values in gathered.items():
+                    whole = statistics.setdefault(name, np.zeros(len(experience.rewards)))
+                    for index, value in values.items():
+                        whole[index] = value
+        rewards, lengths = torch.from_numpy(experience.rewards), torch.from_numpy(experience.loss_tokens)
+        named = {name: torch.from_numpy(values) for name, values in statistics.items()}
+        for penalty in penalties:
+            rewards = penalty.adjust(rewards, lengths, named)
+        return rewards.double().numpy()
+
+    # -- updates -------------------------------------------------------------------------------------------------------
+
+    def _update(self, minibatch: Minibatch) -> UpdateReport:
+        packs = minibatch.packs
+        if self._parts is not None and self._parts.reads_groups:
+            packs = prepare_groups(self.policy, packs, self._parts, minibatch.columns)
+        return self.policy.update(packs, self.objective, minibatch.columns)
+
+
+def _informed(minibatch: Minibatch, advantages: Advantages) -> Minibatch:
+    packs = [replace(pack, sequences=tuple(map(advantages.inform, pack.sequences))) for pack in minibatch.packs]
+    return replace(minibatch, packs=packs)
+
+
+def _rollout_as_old(sequence: TokenSequence) -> TokenSequence:
+    return replace(sequence, columns={**sequence.columns, "old": sequence.columns[ROLLOUT]})
+
+
+def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over the step's updates, each of which weighs the same."""
+    return {name: float(np.mean([each[name] for each in metrics])) for name in (metrics[0] if metrics else {})}
