@@ -6,7 +6,7 @@ planned; of the rest it reads its own rows alone.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_rl.objectives.advantages import Advantage, zero_advantage_groups
+from megatron_rl.objectives.gtpo import CONFLICT, conflict_columns
 from megatron_rl.types import Sample
 from megatron_rl.types import Sequence as TokenSequence
 
@@ -108,17 +109,31 @@ class Advantages:
 
     values: NDArray[np.float64]  # [rows]
     by_turn: Sequence[NDArray[np.float64]] | None = None
+    columns: Mapping[str, Sequence[NDArray[np.float32]]] = field(default_factory=dict)  # a column of each row, by name
 
     def inform(self, sequence: TokenSequence) -> TokenSequence:
         """The sequence with its advantage."""
         scalars = {**sequence.scalars, "advantage": float(self.values[sequence.index])}
+        given = {name: columns[sequence.index] for name, columns in self.columns.items()}
+        sequence = replace(sequence, scalars=scalars, columns={**sequence.columns, **given})
         if self.by_turn is None:
-            return replace(sequence, scalars=scalars)
+            return sequence
         own = self.by_turn[sequence.index]
         turns = sequence.columns[TURN].astype(np.int64)  # [length], −1 where no policy wrote
         table = np.append(own, 0.0)  # the last for tokens of turns that were never rewarded, and of no turn
         spread = table[np.where((turns >= 0) & (turns < len(own)), turns, len(own))].astype(np.float32)
-        return replace(sequence, scalars=scalars, columns={**sequence.columns, "token_advantage": spread})
+        return replace(sequence, columns={**sequence.columns, "token_advantage": spread})
+
+    def with_conflicts(self, experience: Experience) -> "Advantages":
+        """GTPO compares the tokens of whole groups: every rank reads those of the step, and keeps a column a row."""
+        samples = experience.rows.samples(range(len(experience.lengths)), routing=False)
+        columns = conflict_columns(
+            [torch.from_numpy(sample.tokens) for sample in samples],
+            [torch.from_numpy(sample.loss_mask) for sample in samples],
+            torch.from_numpy(self.values),
+            torch.from_numpy(experience.groups),
+        )
+        return replace(self, columns={CONFLICT: [column.numpy() for column in columns]})
 
     def metrics(self, experience: Experience) -> dict[str, float]:
         return {

@@ -5,7 +5,7 @@
 Every rank runs it. Order matters in one place: penalties in the reward may need log-probs, advantages need rewards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,12 +17,15 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.advantages import Advantage
 from megatron_rl.objectives.base import Objective
 from megatron_rl.objectives.compose import ComposedObjective
+from megatron_rl.objectives.gtpo import CONFLICT
 from megatron_rl.policy.group_pass import gather_statistics, prepare_groups
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.reference import Reference
-from megatron_rl.train.experience import ROLLOUT, Advantages, Experience, Rows, advantages_of
+from megatron_rl.train.experience import ROLLOUT, Experience, Rows, advantages_of
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
+
+INITIAL_ENTROPY = "initial_entropy"
 
 type Columns = dict[str, list[Tensor]]  # per-token numbers by name, a tensor a pack
 
@@ -56,6 +59,7 @@ class Learner:
     ) -> None:
         self.policy, self.objective, self.advantage, self.settings = policy, objective, advantage, settings
         self.reference = reference
+        self.initial_entropy: float | None = None  # of the first model, once known; part of a run's state
         self._parts = objective if isinstance(objective, ComposedObjective) else None
 
     def learn(self, step: int, rows: Rows) -> LearnReport:
@@ -65,11 +69,15 @@ class Learner:
         parts = experience.minibatches(self.settings.batch.minibatches, seed)
         minibatches = [self._scored(experience, part) for part in parts]
         metrics = experience.metrics()
+        if self._parts is not None and INITIAL_ENTROPY in self._parts.needs_scalars:
+            minibatches = self._with_initial_entropy(minibatches)
         if self.advantage is not None:
             rewards = self._adjusted_rewards(experience, minibatches)
             advantages = advantages_of(self.advantage, experience, rewards)
             metrics |= advantages.metrics(experience)
-            minibatches = [_informed(minibatch, advantages) for minibatch in minibatches]
+            if self._parts is not None and CONFLICT in self._parts.needs_columns:
+                advantages = advantages.with_conflicts(experience)
+            minibatches = [_mapped(minibatch, advantages.inform) for minibatch in minibatches]
         updates = []
         for epoch in range(self.settings.batch.epochs):
             order = np.random.default_rng([*seed, epoch]).permutation(len(minibatches)) if epoch else range(len(minibatches))
@@ -87,11 +95,34 @@ class Learner:
         if "old" in wanted and self.settings.objective.old_log_probs == "recompute":
             columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
         if "old" in wanted and self.settings.objective.old_log_probs == "rollout":
-            packs = [replace(pack, sequences=tuple(map(_rollout_as_old, pack.sequences))) for pack in packs]
+            packs = _mapped(Minibatch(packs, {}), _rollout_as_old).packs
         if self.reference is not None:
             with self.reference.in_place():
                 columns["reference"] = [values.log_probs for values in self.policy.log_probs(packs)]
         return Minibatch(packs, columns)
+
+    def _with_initial_entropy(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
+        """GTPO asks how sure the first model was of itself: the mean entropy of its tokens, taken before the first update."""
+        if self.initial_entropy is None:
+            self.initial_entropy = self._mean_entropy(minibatches)
+        entropy = self.initial_entropy
+
+        def informed(sequence: TokenSequence) -> TokenSequence:
+            return replace(sequence, scalars={**sequence.scalars, INITIAL_ENTROPY: entropy})
+
+        return [_mapped(minibatch, informed) for minibatch in minibatches]
+
+    def _mean_entropy(self, minibatches: Sequence[Minibatch]) -> float:
+        """Over all tokens of the step that count."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.policy.layout.device.torch_device)
+        for minibatch in minibatches:
+            values = self.policy.log_probs(minibatch.packs, entropy=True)
+            known = self.policy.per_sequence(minibatch.packs, [each.entropy for each in values if each.entropy is not None])
+            for sequence in (sequence for pack in minibatch.packs for sequence in pack.sequences):
+                totals[0] += float(known[sequence.index][sequence.loss_mask].sum(dtype=np.float64))
+                totals[1] += sequence.loss_tokens
+        total, count = self.policy.layout.sum_over_data(totals).tolist()
+        return total / max(count, 1)
 
     def _adjusted_rewards(self, experience: Experience, minibatches: Sequence[Minibatch]) -> NDArray[np.float64]:
         """[rows] rewards after the penalties in the reward, which may need statistics of the scored log-probs."""
@@ -122,8 +153,9 @@ class Learner:
         return self.policy.update(packs, self.objective, minibatch.columns)
 
 
-def _informed(minibatch: Minibatch, advantages: Advantages) -> Minibatch:
-    packs = [replace(pack, sequences=tuple(map(advantages.inform, pack.sequences))) for pack in minibatch.packs]
+def _mapped(minibatch: Minibatch, change: Callable[[TokenSequence], TokenSequence]) -> Minibatch:
+    """The same packs with changed sequences; what was scored on them still fits."""
+    packs = [replace(pack, sequences=tuple(map(change, pack.sequences))) for pack in minibatch.packs]
     return replace(minibatch, packs=packs)
 
 

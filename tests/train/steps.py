@@ -1,0 +1,50 @@
+"""Sealed steps of made-up samples, for tests of learning."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_rl.rollout.bank.sealed import SealedStep
+from megatron_rl.rollout.bank.writer import Bank
+from megatron_rl.types import Group, Prompt, Sample, Segment
+
+VOCABULARY = 120
+
+
+def made_up_sample(generator: np.random.Generator, prompt: np.ndarray, turns: int) -> Sample:
+    """A prompt, then turns of the policy with something of an environment between them."""
+    parts, segments, start = [prompt], [Segment(0, len(prompt), "prompt")], len(prompt)
+    for turn in range(turns):
+        own = generator.integers(VOCABULARY, size=int(generator.integers(1, 9)))
+        segments.append(Segment(start, start + len(own), "policy", int(generator.integers(3)), turn))
+        parts.append(own)
+        start += len(own)
+        if turn + 1 < turns:
+            seen = generator.integers(VOCABULARY, size=3)
+            segments.append(Segment(start, start + 3, "environment", turn=turn))
+            parts.append(seen)
+            start += 3
+    tokens = np.concatenate(parts).astype(np.int64)
+    reward = float(generator.integers(4)) / 2
+    log_probs = np.zeros(len(tokens), np.float32)
+    for segment in segments:
+        if segment.author == "policy":
+            log_probs[segment.start : segment.stop] = -generator.random(segment.stop - segment.start) * 5
+    rewards = {"exact": reward, "shape": float(generator.random())}
+    turn_rewards = tuple(generator.random(turns).tolist()) if turns > 1 else ()
+    return Sample(tokens, log_probs, tuple(segments), "stop", rewards, reward, turn_rewards=turn_rewards)
+
+
+def sealed_step(folder: Path, *, groups: int = 5, size: int = 4, turns: int = 1, seed: int = 0) -> SealedStep:
+    """A step of groups in a bank of its own."""
+    generator = np.random.default_rng(seed)
+    bank = Bank(folder)
+    for number in range(groups):
+        prompt = Prompt(f"p{number}", generator.integers(VOCABULARY, size=int(generator.integers(2, 7))).astype(np.int64))
+        samples = tuple(made_up_sample(generator, prompt.tokens, turns) for _ in range(size))
+        bank.append(Group(f"p{number}@{number}", prompt, samples, 0))
+    bank.seal(0)
+    bank.close()
+    from megatron_rl.rollout.bank.reader import BankReader
+
+    return BankReader(folder).step(0)
