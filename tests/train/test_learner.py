@@ -186,8 +186,8 @@ def test_advantages_by_turn_reach_the_tokens_of_their_turn(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("surrogate", ["rebel", "gtpo"])
 def test_objectives_that_look_at_groups_learn_from_whole_groups(surrogate: str, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"rebel": {"advantage": None}, "gtpo": {"advantage": "dr_grpo", "on_policy": True}}[surrogate]
-    settings = settings_of(tmp_path, objective={"surrogate": surrogate, **own})
+    own: dict[str, dict[str, Any]] = {"rebel": {"advantage": None}, "gtpo": {"advantage": "dr_grpo", "on_policy": True}}
+    settings = settings_of(tmp_path, objective={"surrogate": surrogate, **own[surrogate]})
     (report, _), _ = learned(settings, sealed_step(tmp_path / "bank"), steps=2)
     assert all(update.applied for update in report.updates)
 
