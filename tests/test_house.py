@@ -29,13 +29,17 @@ HEIGHT = {
     "objectives": 1,
     "data": 1,
     "rewards": 1,
-    "observe": 1,
     "weights": 1,
     "policy": 2,
     "rollout": 2,
-    "train": 3,
-    "cli": 4,
+    "observe": 3,
+    "train": 4,
+    "cli": 5,
 }
+
+# Of the rooms below it, observe looks at files alone: the bank's, for the samples of a report, and the tokenizer's, for their
+# texts. It neither computes nor speaks to servers.
+SEEN_BY_OBSERVE = ("types", "config", "rollout.bank", "data.tokenizer", "observe")
 
 # Heavy packages, and the only places that may import them, as prefixes of a path below megatron_rl/.
 DOORS = {
@@ -118,6 +122,18 @@ def test_arrows_point_down(room: str) -> None:
         if other[1] != room and HEIGHT[other[1]] >= HEIGHT[room]
     ]
     assert not up
+
+
+def test_observe_looks_at_files_alone() -> None:
+    names = tuple(f"megatron_rl.{name}" for name in SEEN_BY_OBSERVE)
+    others = [
+        f"{short(path)} imports {name}"
+        for path in (PACKAGE / "observe").rglob("*.py")
+        for name in imported(path)
+        if name.startswith("megatron_rl.") and not name.startswith(names) and name != "megatron_rl.rollout"
+        if name != "megatron_rl.__version__"
+    ]
+    assert not others
 
 
 @pytest.mark.parametrize("package", DOORS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, data, moe, precision, publish, sampling, servers, training
+from megatron_rl.config.rules import batch, data, moe, observe, precision, publish, sampling, servers, training
 from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
@@ -23,6 +23,7 @@ RULES: tuple[Rule, ...] = (
     *sampling.RULES,
     *servers.RULES,
     *publish.RULES,
+    *observe.RULES,
 )
 WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.data_settings import BankSettings, DataSettings
+from megatron_rl.config.observe_settings import ObserveSettings
 from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
 from megatron_rl.config.rollout_settings import SamplingSettings, ServerSettings
@@ -235,6 +236,7 @@ class Settings(Section):
     sampling: SamplingSettings = SamplingSettings()
     servers: ServerSettings = ServerSettings()
     sglang: dict[str, Any] = Field({}, description="Arguments of own servers, by SGLang's names: {tp_size: 4}.")
+    observe: ObserveSettings = ObserveSettings()
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
 

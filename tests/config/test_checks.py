@@ -1,6 +1,7 @@
 """Combinations that cannot work: each is refused with the settings' names, its own reason and a fix."""
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,12 @@ SPECIAL = {
         ),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the locked environment, whatever else is installed in this one."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
 
 
 def case(name: str) -> Case:

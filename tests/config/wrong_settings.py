@@ -297,4 +297,13 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "publish.probe_tokens=9000",
         "publish.probe_tokens = 9000: the policy takes sequences of 8192", "at most 8192",
     ),
+    # observe
+    "W&B without a project": (
+        "dense", 1, "observe.wandb_mode=offline",
+        "observe.wandb_mode = offline without observe.wandb_project", "Set observe.wandb_project",
+    ),
+    "W&B that is not installed": (
+        "dense", 1, "observe.wandb_project=mine",
+        "observe.wandb_project = mine: the package wandb is not installed", "Install it",
+    ),
 }  # fmt: skip
