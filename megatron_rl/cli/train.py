@@ -14,23 +14,33 @@ from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
+from megatron_rl.observe import observers_of
 from megatron_rl.train import ranks as ranks_module
+from megatron_rl.train.folder import require_fresh, settings_file
 from megatron_rl.train.upstream import quiet_upstream
 
 LOCAL_RANKS = 16  # no machine has more GPUs
+STOPPED = 143  # exit code of a run that was told to stop: the shell's for SIGTERM
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Settings file (YAML); none with --resume.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and the layout, start nothing.")] = False,
     ranks: Annotated[bool, typer.Option("--ranks", help="With --dry-run: a row for every rank.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in run.directory.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="RUN_DIR", help="Continue the run in this folder, with its settings.", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Train a policy, or see with `--dry-run` what would be trained and which rank would hold what.
+    """Train a policy by reinforcement learning, or see with `--dry-run` what would be trained and which rank would hold what.
 
     **Settings** come from CONFIG, from the files it names under `include:`, and from overrides on the command line;
     the later wins. `megatron-rl settings` lists them all.
@@ -44,28 +54,53 @@ def train(
     - `megatron-rl train recipe.yaml --dry-run`
     - `megatron-rl train recipe.yaml optimizer.lr=1e-6 run.steps=200`
     - `megatron-rl train recipe.yaml layout.tensor=4 layout.expert=8 layout.world_size=64 --dry-run --ranks`
+    - `megatron-rl train --resume runs/mine run.steps=400` after a kill, a preemption, or to go on for longer
+
     Ranks are started on this machine when no launcher has; for several machines use torchrun or SLURM:
 
     - `torchrun --nproc-per-node 8 -m megatron_rl.cli train recipe.yaml`
+
+    Told to stop (SIGTERM, Ctrl-C), a run saves and ends; `--resume` goes on as if nothing had been.
     """
     with told_to_the_user():
-        if "=" in str(config) and not config.exists():
-            raise SettingsError(f"{config} is an override where the settings file should stand. Put the file first.")
+        settings = _settings(config, overrides or [], resume)
         if ranks and not dry_run:
             raise SettingsError("--ranks shows the layout of a dry run. Add --dry-run.")
-        settings = load_settings(config, overrides or [])
         if dry_run:
             _show_run(settings, ranks)
             return
+        if resume is None:
+            require_fresh(settings)
         world_size = settings.layout.world_size or 1
         if world_size > 1 and not ranks_module.launched():
             _start_ranks(settings, world_size)
         _require_objective(settings)
         tell_warnings(warnings(settings, read_architecture(settings.policy.config), world_size))
         quiet_upstream()
-        from megatron_rl.train import toy
+        from megatron_rl.train.run import train as run
 
-        toy.main(settings, resume=resume)
+        console = make_console()
+        console.quiet = not ranks_module.speaks()
+        state = run(settings, resume=resume is not None, observers=observers_of(settings, console))
+        folder, steps = settings.run.directory, settings.run.steps
+        if state.step < steps:
+            console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
+            raise typer.Exit(STOPPED)
+        console.print(f"{steps} steps are done: {folder} (look with megatron-rl report {folder})")
+
+
+def _settings(config: Path | None, overrides: list[str], resume: Path | None) -> Settings:
+    """Of a new run, or of the one to continue, whose folder may have been moved."""
+    if resume is not None:
+        if config is not None and "=" not in str(config):
+            raise SettingsError(f"{config}: a run goes on with its own settings. Give either CONFIG or --resume RUN_DIR.")
+        first = [] if config is None else [str(config)]
+        return load_settings(settings_file(resume), [*first, *overrides, f"run.directory={resume}"])
+    if config is None:
+        raise SettingsError("there is no settings file. Give CONFIG, or --resume RUN_DIR to continue a run.")
+    if "=" in str(config) and not config.exists():
+        raise SettingsError(f"{config} is an override where the settings file should stand. Put the file first.")
+    return load_settings(config, overrides)
 
 
 def _require_objective(settings: Settings) -> None:
@@ -85,7 +120,7 @@ def _start_ranks(settings: Settings, world_size: int) -> None:
         )
     require_valid(settings, read_architecture(settings.policy.config), world_size)  # before torch is loaded so many times
     _require_objective(settings)
-    raise typer.Exit(ranks_module.start_local_ranks(world_size, sys.argv[1:]))
+    raise typer.Exit(ranks_module.start_local_ranks(world_size, sys.argv[1:], settings.checkpoint.grace_seconds))
 
 
 def _show_run(settings: Settings, all_ranks: bool) -> None:

@@ -63,6 +63,9 @@ class BankSettings(Section):
     """The bank: where finished groups are kept, how safely, and for how long."""
 
     directory: Path | None = Field(None, description="Its folder; default: bank in run.directory.")
+    replay: Path | None = Field(
+        None, description="Learn from the sealed steps of this bank, one after the other, and sample nothing."
+    )
     durable_against: Literal["power_loss", "kill"] = Field(
         "power_loss",
         description="What a group reported as finished survives: loss of power (the disk is synchronised, once for all groups "

@@ -115,7 +115,7 @@ class OptimizerSettings(Section):
     min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
     lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field("constant", description="Shape of the decay.")
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up from zero.")
-    decay_steps: PositiveInt | None = Field(None, description="Step at which min_lr is reached; default: the run's steps.")
+    decay_steps: PositiveInt | None = Field(None, description="Optimizer step that reaches min_lr; default: the run's last.")
     weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay at the start.")
     weight_decay_end: NonNegativeFloat | None = Field(None, description="Weight decay at the end; default: as at the start.")
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of its change.")
@@ -191,6 +191,9 @@ class CheckpointSettings(Section):
     export_dtype: Literal["bfloat16", "float32", "fp8"] = Field(
         "bfloat16", description="Number format of exports; fp8 is e4m3 in blocks of 128 x 128 with scales, as DeepSeek-V3's."
     )
+    grace_seconds: PositiveFloat = Field(
+        300.0, description="How long ranks that were started here may take to save when the run is told to stop."
+    )
     allow_changes: tuple[str, ...] = Field(
         (),
         description="Settings (optimizer.lr) or sections (optimizer) that may differ from those of a loaded checkpoint.",
@@ -201,7 +204,7 @@ class RunSettings(Section):
     """The run itself."""
 
     directory: Path = Field(Path("runs/default"), description="Where checkpoints, metrics and the saved settings go.")
-    steps: PositiveInt = Field(100, description="Optimizer steps.")
+    steps: PositiveInt = Field(100, description="Training steps; each takes batch.minibatches x batch.epochs optimizer steps.")
     seed: NonNegativeInt = Field(0, description="Seed of everything random but the first weights.")
 
 
@@ -239,6 +242,11 @@ class Settings(Section):
     observe: ObserveSettings = ObserveSettings()
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.run.steps * self.batch.minibatches * self.batch.epochs
 
     @property
     def bank_directory(self) -> Path:

@@ -38,7 +38,7 @@ class Optimizer:
 
     def __init__(self, model: Model, settings: Settings, layout: Layout) -> None:
         self.settings = settings.optimizer
-        self.total_steps = settings.run.steps
+        self.total_steps = settings.optimizer_steps
         self.model = model
         bf16 = settings.precision.dtype == "bfloat16"
         config = OptimizerConfig(

@@ -2,9 +2,10 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,18 @@ def state_slices(policy: Policy) -> Iterator[Slice]:
     yield from optimizer_slices(policy.model, policy.optimizer.states(), policy.layout)
 
 
-def save_policy(writer: CheckpointWriter, policy: Policy, *, asynchronous: bool = False) -> Path:
-    """Save a checkpoint of the policy's present state, named by its steps."""
+def save_policy(
+    writer: CheckpointWriter,
+    policy: Policy,
+    *,
+    asynchronous: bool = False,
+    step: int | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a checkpoint of the policy's present state, named by `step`, or else by its optimizer steps.
+
+    `run` is what a run wants to find again beside it: small, of JSON's types.
+    """
     policy.optimizer.gather_weights()
     settings = policy.settings.model_dump(mode="json")
     header = {
@@ -42,13 +53,14 @@ def save_policy(writer: CheckpointWriter, policy: Policy, *, asynchronous: bool 
         "architecture": asdict(policy.architecture),
         "world_size": policy.layout.world_size,
         "versions": versions(),
+        "run": dict(run or {}),
     }
     slices = [*state_slices(policy), *_random_slices(policy)]
-    return writer.save(policy.steps, slices, header, asynchronous=asynchronous)
+    return writer.save(policy.steps if step is None else step, slices, header, asynchronous=asynchronous)
 
 
-def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
-    """Set the policy to a checkpoint's state, saved under this layout or another.
+def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> Mapping[str, Any]:
+    """Set the policy to a checkpoint's state, saved under this layout or another; returns what was saved beside it.
 
     Random state returns only under the same layout: it belongs to ranks. With `verify`, checksums are checked first. Every
     rank must name the same checkpoint. A checkpoint of weights alone, which a conversion made, is that of step 0: the
@@ -67,7 +79,7 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
     policy.skipped = int(checkpoint.manifest["skipped"])
     if weights_only:
         policy.optimizer.start_from_weights()
-        return
+        return {}
     policy.optimizer.set_steps_taken(policy.steps)
     if _same_ranks(policy, checkpoint):
         states = _random_slices(policy)
@@ -75,6 +87,8 @@ def load_policy(policy: Policy, folder: Path, *, verify: bool = True) -> None:
         _set_random_states(policy.layout.device, {piece.name: piece.tensor for piece in states})
     elif policy.layout.is_main:
         logger.warning("%s was saved under another layout: random generators start afresh", folder)
+    run: Mapping[str, Any] = checkpoint.manifest.get("run", {})
+    return run
 
 
 def _same_ranks(policy: Policy, checkpoint: Checkpoint) -> bool:

@@ -114,10 +114,11 @@ class Collector:
         *,
         step: int = 0,
         position: Position = BEGINNING,
+        last: int | None = None,
     ) -> None:
-        """`step` and `position`: where a resumed run goes on."""
+        """`step` and `position`: where a resumed run goes on. Nothing is begun for steps after `last`."""
         self.prompts, self.strategy, self.floor, self.bank, self.plan = prompts, strategy, floor, bank, plan
-        self.version = step
+        self.version, self._last = step, last
         self._staleness = Staleness(plan.groups, plan.ahead)
         self._draws, self._pending = position.draws, list(position.pending)
         self._begun = step * plan.groups  # places given to draws
@@ -174,8 +175,11 @@ class Collector:
     def _begin(self) -> None:
         """Draw for every place that may be begun."""
         for _ in range(self._staleness.may_begin(self._begun, self.version)):
+            step = self._staleness.step_of(self._begun)
+            if self._last is not None and step > self._last:
+                return
             place, self._begun = self._begun, self._begun + 1
-            self._running[place] = self._draw(self._staleness.step_of(place))
+            self._running[place] = self._draw(step)
 
     async def _fill_in_order(self, tally: Collected) -> None:
         """Every place of the step is filled by its own draw, or by the one that replaces it at once."""

@@ -93,10 +93,12 @@ async def open_session(
     version: int = 0,
     step: int = 0,
     position: Position = BEGINNING,
+    last: int | None = None,
 ) -> AsyncIterator[Session]:
     """Open everything; leaving ends the servers that are ours.
 
-    `version` is that of the weights which servers shall have; `step` and `position` are where a resumed run goes on.
+    `version` is that of the weights which servers shall have; `step` and `position` are where a resumed run goes on, and
+    `last` is the step it ends with.
     """
     tokenizer = open_tokenizer(settings, vocab=model.vocab)
     prompts = open_prompts(settings, tokenizer)
@@ -119,6 +121,7 @@ async def open_session(
                 make_plan(settings.sampling),
                 step=step,
                 position=position,
+                last=last,
             )
             try:
                 yield Session(collector, pool, bank, prompts, rewards, tokenizer)

@@ -85,11 +85,15 @@ class Experience:
             group=int(self.groups[row]),
         )
 
-    def metrics(self) -> dict[str, float]:
-        """What the step's samples are like, before anything is learned. Divisors are samples."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """What the step's samples are like, before anything is learned. Divisors are samples.
+
+        Weights of version n have learned from n steps, so samples for step n by weights v are n − v updates old.
+        """
         table = self.rows.plan()
         finish = np.array(table.column("finish").to_pylist())
         failed = [failure is not None for failure in table.column("failure").to_pylist()]
+        oldest = [step - version for version in table.column("oldest_version").to_pylist() if version is not None]
         found = {
             "reward/mean": float(self.rewards.mean()),
             "reward/std": float(self.rewards.std()),
@@ -97,6 +101,8 @@ class Experience:
             "response/longest": float(self.loss_tokens.max()),
             "response/cut_off": float(np.isin(finish, ["length", "budget"]).mean()),
             "sample/failed": float(np.mean(failed)),
+            "staleness/mean": float(np.mean(oldest)) if oldest else 0.0,
+            "staleness/max": float(max(oldest, default=0)),
         }
         for name, values in self.components.items():
             found[f"reward/{name}"] = float(np.nanmean(values)) if not np.isnan(values).all() else 0.0

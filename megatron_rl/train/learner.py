@@ -6,7 +6,7 @@ Every rank runs it. Order matters in one place: penalties in the reward may need
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from megatron_rl.objectives.gtpo import CONFLICT
 from megatron_rl.policy.group_pass import gather_statistics, prepare_groups
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.reference import Reference
+from megatron_rl.train.clock import Clock
 from megatron_rl.train.experience import ROLLOUT, Experience, Rows, advantages_of
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
@@ -43,7 +44,9 @@ class LearnReport:
     """What a training step did. The same on every rank."""
 
     updates: Sequence[UpdateReport]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float]
+    tokens: int  # of all samples, prompts included
+    written: int  # of these, the ones that count
 
 
 class Learner:
@@ -62,13 +65,15 @@ class Learner:
         self.initial_entropy: float | None = None  # of the first model, once known; part of a run's state
         self._parts = objective if isinstance(objective, ComposedObjective) else None
 
-    def learn(self, step: int, rows: Rows) -> LearnReport:
+    def learn(self, step: int, rows: Rows, clock: Clock | None = None) -> LearnReport:
         """All minibatches of all epochs. A function of the weights, the rows and the step's number alone."""
+        clock = clock or Clock()
         experience = Experience.read(rows)
         seed = (self.settings.run.seed, step)
-        parts = experience.minibatches(self.settings.batch.minibatches, seed)
-        minibatches = [self._scored(experience, part) for part in parts]
-        metrics = experience.metrics()
+        with clock.phase("old"):
+            parts = experience.minibatches(self.settings.batch.minibatches, seed)
+            minibatches = [self._scored(experience, part) for part in parts]
+        metrics = experience.metrics(step)
         if self._parts is not None and INITIAL_ENTROPY in self._parts.needs_scalars:
             minibatches = self._with_initial_entropy(minibatches)
         if self.advantage is not None:
@@ -78,11 +83,15 @@ class Learner:
             if self._parts is not None and CONFLICT in self._parts.needs_columns:
                 advantages = advantages.with_conflicts(experience)
             minibatches = [_mapped(minibatch, advantages.inform) for minibatch in minibatches]
-        updates = []
-        for epoch in range(self.settings.batch.epochs):
-            order = np.random.default_rng([*seed, epoch]).permutation(len(minibatches)) if epoch else range(len(minibatches))
-            updates += [self._update(minibatches[number]) for number in order]
-        return LearnReport(updates, {**metrics, **_mean([update.metrics for update in updates])})
+        updates: list[UpdateReport] = []
+        with clock.phase("update"):
+            for epoch in range(self.settings.batch.epochs):
+                order = (
+                    np.random.default_rng([*seed, epoch]).permutation(len(minibatches)) if epoch else range(len(minibatches))
+                )
+                updates += [self._update(minibatches[number]) for number in order]
+        metrics = {**metrics, **_mean([update.metrics for update in updates]), **_summary(updates)}
+        return LearnReport(updates, metrics, int(experience.lengths.sum()), int(experience.loss_tokens.sum()))
 
     # -- before the first update ---------------------------------------------------------------------------------------
 
@@ -161,6 +170,15 @@ def _mapped(minibatch: Minibatch, change: Callable[[TokenSequence], TokenSequenc
 
 def _rollout_as_old(sequence: TokenSequence) -> TokenSequence:
     return replace(sequence, columns={**sequence.columns, "old": sequence.columns[ROLLOUT]})
+
+
+def _summary(updates: Sequence[UpdateReport]) -> dict[str, float]:
+    """Of the step's updates as a whole."""
+    return {
+        "loss": float(np.mean([update.loss for update in updates])),
+        "grad_norm": float(np.mean([update.grad_norm for update in updates])),
+        "skipped_updates": float(sum(not update.applied for update in updates)),
+    }
 
 
 def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """A policy's weights on their way to servers: what ties the policy, the publisher and the servers' pool together."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from megatron_rl.weights.publish.probe import Scores
 from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from megatron_rl.weights.publish.wire import fp8_quantizer
+
+Elsewhere = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 
 
 def open_publisher(policy: Policy, connect: Connect, served: Path | None = None) -> Publisher:
@@ -59,23 +62,36 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
     )
 
 
-async def publish_to_pool(publisher: Publisher, version: int, pool: Pool | None, tell: Tell | None = None) -> Report:
+async def publish_to_pool(
+    publisher: Publisher, version: int, pool: Pool | None, tell: Tell | None = None, on_pool: Elsewhere | None = None
+) -> Report:
     """Bring all servers of a pool to this version; the pool pauses them, takes failures, and lets the others go on.
 
-    Every rank calls it, the main one with the pool.
+    Every rank calls it, the main one with the pool. `on_pool` waits for a coroutine on the pool's own event loop, if that is
+    another than the one where this runs.
     """
     if pool is None:
         return await publisher.publish(version, [], tell)
-    fleet = pool.fleet
+    fleet, wait = pool.fleet, on_pool or _here
 
     @asynccontextmanager
     async def halt() -> AsyncIterator[Held]:
-        async with fleet.paused(version, publisher.kept(version)) as update:
-            clients = {client.url: client for client in update.clients}
+        paused = fleet.paused(version, publisher.kept(version))
+        update = await wait(paused.__aenter__())
+        clients = {client.url: client for client in update.clients}
+        try:
             yield Held(tuple(clients), lambda url, reason: update.drop(clients[url], reason))
+        except BaseException as error:
+            await wait(paused.__aexit__(type(error), error, error.__traceback__))
+            raise
+        await wait(paused.__aexit__(None, None, None))
 
     present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
     return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
+
+
+async def _here(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return await coroutine
 
 
 def score(policy: Policy, sequences: Sequence[Sequence[int]]) -> Scores:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-PATIENCE = 15.0  # seconds between asking ranks to end and ending them
+PATIENCE = 15.0  # seconds between asking ranks to end and ending them, where they have nothing to save
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -24,10 +24,11 @@ def speaks(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("RANK", "0") == "0"
 
 
-def start_local_ranks(ranks: int, arguments: Sequence[str]) -> int:
+def start_local_ranks(ranks: int, arguments: Sequence[str], patience: float = PATIENCE) -> int:
     """Run `megatron-rl ARGUMENTS` as so many ranks on this machine; returns the exit code of the first that fails, or 0.
 
-    What torchrun does for one machine, without its words: the ranks share this terminal, and end together.
+    What torchrun does for one machine, without its words: the ranks share this terminal, and end together. Told to stop, they
+    have so many seconds of patience to save.
     """
     environment = {
         **os.environ,
@@ -46,7 +47,7 @@ def start_local_ranks(ranks: int, arguments: Sequence[str]) -> int:
             processes.append(subprocess.Popen(command, env=own, preexec_fn=_end_with_parent))
         return _wait(processes)
     finally:
-        _end(processes)
+        _end(processes, patience)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
@@ -62,11 +63,11 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     return failed if failed >= 0 else 128 - failed  # as a shell tells of a signal
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     for process in processes:
         try:
             process.wait(timeout=max(0.0, deadline - time.monotonic()))

@@ -195,7 +195,7 @@ def test_objectives_that_look_at_groups_learn_from_whole_groups(surrogate: str, 
 def test_metrics_count_samples(tmp_path: Path) -> None:
     rows = sealed_step(tmp_path / "bank")
     samples = [sample for group in rows.groups() for sample in group.samples]
-    found = Experience.read(rows).metrics()
+    found = Experience.read(rows).metrics(step=3)
     assert found["reward/mean"] == pytest.approx(np.mean([s.reward for s in samples]))
     assert found["reward/shape"] == pytest.approx(np.mean([s.rewards["shape"] for s in samples]))
     assert found["response/tokens"] == pytest.approx(np.mean([s.loss_mask.sum() for s in samples]))

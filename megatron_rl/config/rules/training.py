@@ -31,8 +31,9 @@ def learning_rate_falls(case: Case) -> Iterator[str]:
 
 
 def warmup_ends_before_the_decay(case: Case) -> Iterator[str]:
-    optimizer, steps = case.settings.optimizer, case.settings.run.steps
-    name, end = ("run.steps", steps) if optimizer.decay_steps is None else ("optimizer.decay_steps", optimizer.decay_steps)
+    optimizer, steps = case.settings.optimizer, case.settings.optimizer_steps
+    whole = "run.steps" if steps == case.settings.run.steps else "run.steps x batch.minibatches x batch.epochs"
+    name, end = (whole, steps) if optimizer.decay_steps is None else ("optimizer.decay_steps", optimizer.decay_steps)
     if optimizer.warmup_steps >= end:
         yield problem(
             f"optimizer.warmup_steps = {optimizer.warmup_steps} with {name} = {end}",

@@ -1,0 +1,112 @@
+"""A run from its settings: everything is opened, the loop runs, everything is closed, whatever happens."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
+from pathlib import Path
+
+from megatron_rl.config.checks import require_valid
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.settings import Settings
+from megatron_rl.observe.observer import Observer
+from megatron_rl.policy.checkpoint import CheckpointWriter
+from megatron_rl.policy.hf_export import HfExporter
+from megatron_rl.policy.layout import Launch
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.reference import Reference
+from megatron_rl.policy.state import load_policy
+from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.session import Session, open_session
+from megatron_rl.train import objective
+from megatron_rl.train.clock import Clock
+from megatron_rl.train.folder import begin, require_fresh
+from megatron_rl.train.learner import Learner
+from megatron_rl.train.loop import Trainer
+from megatron_rl.train.run_state import CHECKPOINTS, RunState, newest
+from megatron_rl.train.sampling import SamplingThread
+from megatron_rl.train.steps import Replay, Rollouts, Source
+from megatron_rl.train.stopping import Stopper
+from megatron_rl.train.telling import run_record
+from megatron_rl.weights.checkpoint_files import CheckpointFiles
+
+logger = logging.getLogger(__name__)
+
+
+def train(settings: Settings, *, resume: bool = False, observers: Sequence[Observer] = ()) -> RunState:
+    """Train until the run's steps are done, or it is told to stop. Every rank calls it; returns how far the run is.
+
+    `observers` are told of every step, on the main rank. With `resume` the run in run.directory goes on, from its newest
+    checkpoint or, killed before that, from its beginning; what the bank holds is not sampled again.
+    """
+    launch = Launch.from_environment()
+    architecture = read_architecture(settings.policy.config)
+    require_valid(settings, architecture, launch.world_size)
+    goal, advantage = objective.build(settings.objective)
+    if not resume and launch.rank == 0:
+        require_fresh(settings)
+    checkpoint = newest(settings) if resume else None
+    state = _state_of(checkpoint)
+    with Stopper() as stopper, ExitStack() as stack:
+        thread = None
+        if launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps:
+            thread = SamplingThread(lambda: _session(settings, state))
+            stack.callback(thread.close)
+        policy = Policy.open(settings, launch)
+        stack.callback(policy.close)
+        checkpoint, state = policy.layout.from_main((checkpoint, state))
+        reference = Reference(policy) if settings.objective.reference == "initial" else None
+        if checkpoint is not None:
+            load_policy(policy, checkpoint)
+        if state.step >= settings.run.steps:
+            return state
+        source: Source
+        if settings.bank.replay is not None:
+            source = Replay(policy, settings.bank.replay)
+        else:
+            source = Rollouts(settings, policy, stopper, thread)
+            if not source.open():
+                return state
+        learner = Learner(policy, goal, advantage, settings, reference)
+        learner.initial_entropy = state.initial_entropy
+        told = tuple(observers) if policy.layout.is_main else ()
+        if policy.layout.is_main:
+            begin(settings)
+        record = run_record(settings, policy)
+        for observer in told:
+            observer.started(record, state.step)
+        trainer = Trainer(
+            settings=settings,
+            policy=policy,
+            source=source,
+            learner=learner,
+            writer=CheckpointWriter(settings.run.directory / CHECKPOINTS, policy.layout, settings.checkpoint.keep_last),
+            exporter=HfExporter(policy, settings.checkpoint.export_dtype) if settings.checkpoint.export_every else None,
+            evaluations=None,
+            observers=told,
+            stopper=stopper,
+            clock=Clock(),
+            state=state,
+            saved=state.step if checkpoint is not None else None,
+        )
+        state = trainer.run()
+        for observer in told if state.step >= settings.run.steps else ():
+            observer.finished()
+    return state
+
+
+def _state_of(checkpoint: Path | None) -> RunState:
+    return RunState() if checkpoint is None else RunState.from_json(CheckpointFiles(checkpoint).manifest.get("run", {}))
+
+
+def _session(settings: Settings, state: RunState) -> AbstractAsyncContextManager[Session]:
+    """Of the main rank, where a run at this state goes on."""
+    return open_session(
+        settings,
+        read_architecture(settings.policy.config),
+        own_servers(settings),
+        api_key=read_api_key(settings.servers),
+        version=state.step,
+        step=state.step,
+        position=state.position,
+        last=settings.run.steps - 1,
+    )

@@ -1,0 +1,41 @@
+"""What a run is beside its policy: which step it is at, and where drawing stands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_rl.config.settings import Settings
+from megatron_rl.rollout.collector import BEGINNING, Position
+from megatron_rl.weights.checkpoint_files import latest_checkpoint
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Saved with every checkpoint, in its manifest."""
+
+    step: int = 0  # training steps that are done
+    position: Position = BEGINNING  # of drawing
+    initial_entropy: float | None = None  # see Learner
+
+    def after(self, position: Position, initial_entropy: float | None) -> Self:
+        """One step later."""
+        return replace(self, step=self.step + 1, position=position, initial_entropy=initial_entropy)
+
+    def to_json(self) -> dict[str, Any]:
+        draws = {"draws": self.position.draws, "pending": list(self.position.pending)}
+        return {"step": self.step, **draws, "initial_entropy": self.initial_entropy}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """An empty one is the beginning: a checkpoint that a conversion made has none."""
+        if not found:
+            return cls()
+        return cls(found["step"], Position(found["draws"], tuple(found["pending"])), found["initial_entropy"])
+
+
+def newest(settings: Settings) -> Path | None:
+    """The checkpoint to continue from; none when the run was killed before its first."""
+    return latest_checkpoint(settings.run.directory / CHECKPOINTS)
