@@ -277,9 +277,9 @@ class Fleet:
             raise UnsuitableServer("\n".join(problems))
 
     async def _some_work(self) -> None:
-        """Wait until a server of the file works."""
+        """Wait until a server of the file works, or would with the weights that a resumed run will bring it."""
         deadline = asyncio.get_running_loop().time() + self._settings.start_seconds
-        while not any(worker.works for worker in self.workers.values()):
+        while not any(worker.works or isinstance(worker.health, Outdated) for worker in self.workers.values()):
             if asyncio.get_running_loop().time() > deadline:
                 raise UnsuitableServer(
                     f"No server of {self._settings.urls_file} worked within {self._settings.start_seconds:.0f} s "
