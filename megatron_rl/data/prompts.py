@@ -131,10 +131,14 @@ class PromptStream:
 
     def at(self, position: int) -> Draw:
         """What stands at a position."""
+        number, epoch, place = self.place(position)
+        return Draw(position, epoch, self.sources[number].prompt(place))
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """Where that is: the number of the source, the epoch, and the place among its usable rows. Reads no row."""
         number, turn = self._interleave.at(position)
-        source = self.sources[number]
-        epoch, place = divmod(turn, len(source.kept))
-        return Draw(position, epoch, source.prompt(int(self._order(number, epoch)[place]) if self._shuffle else place))
+        epoch, place = divmod(turn, len(self.sources[number].kept))
+        return number, epoch, int(self._order(number, epoch)[place]) if self._shuffle else place
 
     def take(self, count: int, *, rank: int = 0, ranks: int = 1) -> list[Draw]:
         """The next so many, of which a rank among several gets its share: all ranks together get them all, once."""
