@@ -4,6 +4,7 @@ import typer
 
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
+from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.rollout import rollout
@@ -26,6 +27,7 @@ app.command(no_args_is_help=True)(publish)
 app.command(no_args_is_help=True)(serve)
 app.command(no_args_is_help=True)(toy)
 app.command(no_args_is_help=True)(sft)
+app.command("eval", no_args_is_help=True)(evaluate)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)

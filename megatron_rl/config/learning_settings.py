@@ -15,7 +15,7 @@ class SupervisedSettings(Section):
     )
     batch: PositiveInt = Field(64, description="Sequences an optimizer step learns from.")
     held_out: PositiveInt = Field(
-        256, description="Most sequences of the validation prompts (data.validation_share) whose loss is measured."
+        256, description="Most held-out sequences of each validation source (data.validation_share) whose loss is measured."
     )
 
 

@@ -7,7 +7,7 @@ cannot be learned from are found before anything is trained, and passed over.
 
 import itertools
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,10 +117,10 @@ class Demonstrations:
 
 
 def held_out_sequences(prompts: PromptStream, demonstrator: Demonstrator, most: int) -> list[Sequence]:
-    """Sequences of validation prompts, the same every time: at most so many, and those alone that could be learned from."""
+    """Sequences of validation prompts, the same every time: at most so many of each source, those alone that fit."""
     demonstrator.require_fields(prompts)
     sequences: list[Sequence] = []
-    for prompt in evenly(prompts, most):
+    for prompt in itertools.chain.from_iterable(source.evenly(most) for source in prompts.sources):
         try:
             sequences.append(demonstrator.sequence(len(sequences), prompt))
         except Unusable:
@@ -130,15 +130,6 @@ def held_out_sequences(prompts: PromptStream, demonstrator: Demonstrator, most: 
             "data: no validation prompt has a response that could be learned from. Look at data.validation_sources."
         )
     return sequences
-
-
-def evenly(prompts: PromptStream, most: int | None) -> Iterator[Prompt]:
-    """Every usable row once, or at most so many, evenly spread over all of them: the same rows every time."""
-    bounds = np.cumsum([0, *(len(source.kept) for source in prompts.sources)])
-    count = len(prompts) if most is None else min(most, len(prompts))
-    for chosen in np.arange(count) * len(prompts) // max(count, 1):
-        number = int(np.searchsorted(bounds, chosen, side="right")) - 1
-        yield prompts.sources[number].prompt(int(chosen - bounds[number]))
 
 
 def wording_fields(response: str) -> list[str]:

@@ -86,6 +86,11 @@ class PromptSource:
             max_new_tokens=None if limit is None or cells[limit] is None else int(cells[limit]),
         )
 
+    def evenly(self, most: int | None) -> Iterator[Prompt]:
+        """Every usable row once, or at most so many, evenly spread over them: the same ones every time."""
+        count = len(self.kept) if most is None else min(most, len(self.kept))
+        return (self.prompt(place * len(self.kept) // count) for place in range(count))
+
     def _tokenise(self, renderer: Renderer) -> datasets.Dataset:
         rows, own = self._source.rows, self._source.settings
         self._messages = renderer.conversation_of(self._source)
