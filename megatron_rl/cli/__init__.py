@@ -4,10 +4,13 @@ import typer
 
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
+from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.rollout import rollout
 from megatron_rl.cli.serve import serve
+from megatron_rl.cli.sft import sft
+from megatron_rl.cli.toy import toy
 from megatron_rl.cli.train import train
 
 app = typer.Typer(
@@ -22,6 +25,9 @@ app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
 app.command(no_args_is_help=True)(serve)
+app.command(no_args_is_help=True)(toy)
+app.command(no_args_is_help=True)(sft)
+app.command("eval", no_args_is_help=True)(evaluate)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)

@@ -1,12 +1,12 @@
 """`megatron-rl train`: train a policy, or look at what would be trained."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megatron_rl.cli.screen import make_console, tell_warnings, told_to_the_user
+from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
@@ -15,11 +15,10 @@ from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
 from megatron_rl.observe import observers_of
-from megatron_rl.train import ranks as ranks_module
 from megatron_rl.train.folder import require_fresh, settings_file
+from megatron_rl.train.ranks import speaks
 from megatron_rl.train.upstream import quiet_upstream
 
-LOCAL_RANKS = 16  # no machine has more GPUs
 STOPPED = 143  # exit code of a run that was told to stop: the shell's for SIGTERM
 
 
@@ -71,16 +70,14 @@ def train(
             return
         if resume is None:
             require_fresh(settings)
-        world_size = settings.layout.world_size or 1
-        if world_size > 1 and not ranks_module.launched():
-            _start_ranks(settings, world_size)
+        start_ranks(settings, _require_objective)
         _require_objective(settings)
-        tell_warnings(warnings(settings, read_architecture(settings.policy.config), world_size))
+        tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1))
         quiet_upstream()
         from megatron_rl.train.run import train as run
 
         console = make_console()
-        console.quiet = not ranks_module.speaks()
+        console.quiet = not speaks()
         state = run(settings, resume=resume is not None, observers=observers_of(settings, console))
         folder, steps = settings.run.directory, settings.run.steps
         if state.step < steps:
@@ -109,18 +106,6 @@ def _require_objective(settings: Settings) -> None:
         from megatron_rl.train import objective
 
         objective.build(settings.objective)
-
-
-def _start_ranks(settings: Settings, world_size: int) -> None:
-    """Run this same command as ranks of this machine, and end as they end."""
-    if world_size > LOCAL_RANKS:
-        raise SettingsError(
-            f"layout.world_size = {world_size}: one machine starts {LOCAL_RANKS} ranks at most by itself. "
-            "Launch the ranks with torchrun or SLURM, or look with --dry-run."
-        )
-    require_valid(settings, read_architecture(settings.policy.config), world_size)  # before torch is loaded so many times
-    _require_objective(settings)
-    raise typer.Exit(ranks_module.start_local_ranks(world_size, sys.argv[1:], settings.checkpoint.grace_seconds))
 
 
 def _show_run(settings: Settings, all_ranks: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.data_settings import BankSettings, DataSettings
+from megatron_rl.config.learning_settings import EvaluationSettings, SupervisedSettings
 from megatron_rl.config.observe_settings import ObserveSettings
 from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.config.reward_settings import RewardPart, ScoringSettings
@@ -236,8 +237,10 @@ class Settings(Section):
     publish: PublishSettings = PublishSettings()
     data: DataSettings = DataSettings()
     bank: BankSettings = BankSettings()
+    supervised: SupervisedSettings = SupervisedSettings()
     sampling: SamplingSettings = SamplingSettings()
     servers: ServerSettings = ServerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     sglang: dict[str, Any] = Field({}, description="Arguments of own servers, by SGLang's names: {tp_size: 4}.")
     observe: ObserveSettings = ObserveSettings()
     run: RunSettings = RunSettings()

@@ -86,6 +86,11 @@ class PromptSource:
             max_new_tokens=None if limit is None or cells[limit] is None else int(cells[limit]),
         )
 
+    def evenly(self, most: int | None) -> Iterator[Prompt]:
+        """Every usable row once, or at most so many, evenly spread over them: the same ones every time."""
+        count = len(self.kept) if most is None else min(most, len(self.kept))
+        return (self.prompt(place * len(self.kept) // count) for place in range(count))
+
     def _tokenise(self, renderer: Renderer) -> datasets.Dataset:
         rows, own = self._source.rows, self._source.settings
         self._messages = renderer.conversation_of(self._source)
@@ -131,10 +136,14 @@ class PromptStream:
 
     def at(self, position: int) -> Draw:
         """What stands at a position."""
+        number, epoch, place = self.place(position)
+        return Draw(position, epoch, self.sources[number].prompt(place))
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """Where that is: the number of the source, the epoch, and the place among its usable rows. Reads no row."""
         number, turn = self._interleave.at(position)
-        source = self.sources[number]
-        epoch, place = divmod(turn, len(source.kept))
-        return Draw(position, epoch, source.prompt(int(self._order(number, epoch)[place]) if self._shuffle else place))
+        epoch, place = divmod(turn, len(self.sources[number].kept))
+        return number, epoch, int(self._order(number, epoch)[place]) if self._shuffle else place
 
     def take(self, count: int, *, rank: int = 0, ranks: int = 1) -> list[Draw]:
         """The next so many, of which a rank among several gets its share: all ranks together get them all, once."""

@@ -41,6 +41,17 @@ class Tokenizer:
                 "policy.config): it is another model's tokenizer. Give the one that belongs to the model."
             )
 
+    @property
+    def end(self) -> int:
+        """The token that ends a response."""
+        token: int | None = self._inner.eos_token_id
+        if token is None:
+            raise DataError(
+                f"data.tokenizer = {self.path} names no token that ends a response (eos_token in tokenizer_config.json): a "
+                "model that learns from it would never stop. Name one there."
+            )
+        return token
+
     def require_template(self, switches: Mapping[str, Any]) -> None:
         """There is a chat template, and it knows the switches; one that it does not know it would silently ignore."""
         if not self._inner.chat_template:
@@ -89,6 +100,10 @@ class Tokenizer:
             texts.append(text[len(known) :])
             before, read = read, stop
         return texts
+
+    def save(self, folder: Path) -> None:
+        """Its files, chat template included, as transformers and SGLang read them."""
+        self._inner.save_pretrained(str(folder))
 
     def fingerprint(self) -> str:
         """Changes when the tokens of a text would."""

@@ -6,10 +6,12 @@ makes a group or asks for a rank. Groups are handed to Megatron, and to the coll
 
 import datetime
 import os
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -84,6 +86,8 @@ class Layout:
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)
+        random.seed(settings.run.seed)
+        np.random.seed(settings.run.seed % 2**32)
         return cls(layout, device, launch, ProcessGroupCollection.use_mpu_process_groups())
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field, PositiveFloat
 
@@ -76,6 +76,15 @@ class AwaitedReward[O: Options](Reward[O]):
 
     @abstractmethod
     async def score(self, prompt: Prompt, text: str, sample: Sample) -> float: ...
+
+
+@runtime_checkable
+class TellsAnswer(Protocol):
+    """A reward that can tell which answer a response gives, beside whether it is right: responses can then vote."""
+
+    def answer(self, text: str) -> str | None:
+        """The answer, so written that equal ones are equal texts; None where there is none."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
-from megatron_rl.rewards.answers import accepted, last_boxes
+from megatron_rl.rewards.answers import accepted, last_boxes, last_number
 from megatron_rl.rewards.base import ComputedReward, Options, RewardError, TimedOptions, column
 from megatron_rl.types import Prompt, Sample
 
@@ -52,6 +52,16 @@ class Math(ComputedReward[MathOptions]):
             ):
                 return 1.0
         return 0.0
+
+    def answer(self, text: str) -> str | None:
+        """The last box, else the last number: as it is written, for reading mathematics takes a worker that can be killed."""
+        if self.options.after is not None:
+            _, found, text = text.rpartition(self.options.after)
+            if not found:
+                return None
+        if boxes := last_boxes(text):
+            return ", ".join(" ".join(box.split()) for box in boxes)
+        return None if self.options.boxed else last_number(text)
 
     def _find(self, text: str) -> str | None:
         if self.options.after is not None:

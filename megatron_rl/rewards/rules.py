@@ -1,6 +1,7 @@
 """Rewards that compare an answer with a column of the data by a plain rule."""
 
 import re
+from abc import abstractmethod
 from collections import Counter
 from typing import Any, ClassVar, Literal, Self
 
@@ -54,6 +55,15 @@ class AnswerReward[O: AnswerOptions](ComputedReward[O]):
     def columns(self) -> frozenset[str]:
         return frozenset({self.options.answer})
 
+    def answer(self, text: str) -> str | None:
+        """What the response answers, without the differences that do not count."""
+        found = self.options.find(text)
+        return None if found is None else self.plain(found)
+
+    @abstractmethod
+    def plain(self, answer: str) -> str | None:
+        """An answer in a form that equal ones share."""
+
 
 class Exact(AnswerReward[NormalOptions]):
     """1 where the answer is, letter by letter, a right one; else 0."""
@@ -61,6 +71,9 @@ class Exact(AnswerReward[NormalOptions]):
     name: ClassVar[str] = "exact"
     takes: ClassVar[type[Options]] = NormalOptions
     example: ClassVar[str] = "{name: exact, options: {after: '</think>', ignore_case: true}}"
+
+    def plain(self, answer: str) -> str | None:
+        return self.options.normal(answer)
 
     def score(self, prompt: Prompt, text: str, sample: Sample) -> float:
         right = {self.options.normal(each) for each in accepted(column(prompt, self.options.answer))}
@@ -80,6 +93,10 @@ class Numeric(AnswerReward[NumericOptions]):
     name: ClassVar[str] = "numeric"
     takes: ClassVar[type[Options]] = NumericOptions
     example: ClassVar[str] = "{name: numeric, options: {answer: result, relative: 0.01}}"
+
+    def plain(self, answer: str) -> str | None:
+        value = number(answer)
+        return None if value is None else f"{value:.12g}"
 
     def score(self, prompt: Prompt, text: str, sample: Sample) -> float:
         right = [self._right(each) for each in accepted(column(prompt, self.options.answer))]
@@ -149,6 +166,9 @@ class SetF1(AnswerReward[SetF1Options]):
     name: ClassVar[str] = "set_f1"
     takes: ClassVar[type[Options]] = SetF1Options
     example: ClassVar[str] = "{name: set_f1, options: {after: 'Answer:', separators: ','}}"
+
+    def plain(self, answer: str) -> str | None:
+        return "\n".join(sorted(self._items(answer).elements()))
 
     def score(self, prompt: Prompt, text: str, sample: Sample) -> float:
         right = self._items(column(prompt, self.options.answer))

@@ -68,7 +68,7 @@ async def fill(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    version = await _weights_of(settings.servers.urls, model, key)
+    version = await weights_of(settings.servers.urls, model, key)
     async with open_session(settings, model, servers, api_key=key, version=version, step=step, position=position) as session:
         opened(session, step)
         for current in range(step, steps):
@@ -86,7 +86,7 @@ async def fill(
             yield _report(session, collected, time.monotonic() - began)
 
 
-async def _weights_of(urls: Sequence[str], model: Architecture, key: str | None) -> int:
+async def weights_of(urls: Sequence[str], model: Architecture, key: str | None) -> int:
     """The version of the weights that somebody else's servers have: nothing is updated here, so all must have the same."""
     for url in urls:
         async with Client(url, model.vocab, key) as client:

@@ -106,7 +106,7 @@ async def open_session(
     strategy = make_strategy(settings.sampling, chat)
     limits = make_limits(settings)
     components = registry.build(settings.rewards)
-    _require_columns(components, prompts)
+    require_columns(components, prompts)
     demands = Demands.of(model, longest=limits.total)
     pool = Pool(settings.servers, demands, api_key=api_key, version=version, decode=tokenizer.decode)
     with Bank(settings.bank_directory, settings.bank, tokenizer=tokenizer.path) as bank:
@@ -129,7 +129,7 @@ async def open_session(
                 await collector.close()
 
 
-def _require_columns(components: Sequence[registry.Component], prompts: PromptStream) -> None:
+def require_columns(components: Sequence[registry.Component], prompts: PromptStream) -> None:
     """Every reward finds the columns that it reads in every source's prompts."""
     for name, wanted in registry.columns(components).items():
         for source in prompts.sources:

@@ -8,7 +8,6 @@ that the bank holds already are learned from again, bit for bit, and only what i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rl.config.settings import Settings
@@ -20,7 +19,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import save_policy
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.learner import Learner
-from megatron_rl.train.run_state import RunState
+from megatron_rl.train.run_state import CHECKPOINTS, RunState
 from megatron_rl.train.steps import Arrived, Source
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import step_record
@@ -35,22 +34,27 @@ class Evaluations(Protocol):
     def run(self, step: int) -> Sequence[EvaluationRecord]: ...
 
 
-@dataclass
 class Trainer:
     """A run, opened. `state` says how far it is."""
 
-    settings: Settings
-    policy: Policy
-    source: Source
-    learner: Learner
-    writer: CheckpointWriter
-    exporter: HfExporter | None
-    evaluations: Evaluations | None
-    observers: Sequence[Observer]  # on the main rank; none on the others
-    stopper: Stopper
-    clock: Clock
-    state: RunState
-    saved: int | None = None  # the step of the newest checkpoint
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        source: Source,
+        evaluations: Evaluations | None,
+        learner: Learner,
+        observers: Sequence[Observer],
+        stopper: Stopper,
+        state: RunState,
+        saved: int | None = None,
+    ) -> None:
+        """`observers` on the main rank, none on the others. `saved` is the step of the checkpoint that the run goes on from."""
+        self.settings, self.policy, self.source, self.learner = settings, policy, source, learner
+        self.evaluations, self.observers, self.stopper, self.state = evaluations, observers, stopper, state
+        self._saved, self._clock, own = saved, Clock(), settings.checkpoint
+        self._writer = CheckpointWriter(settings.run.directory / CHECKPOINTS, policy.layout, own.keep_last)
+        self._exporter = HfExporter(policy, own.export_dtype) if own.export_every else None
 
     def run(self) -> RunState:
         """Until all steps are done, or the run is told to stop; either way everything is saved."""
@@ -71,22 +75,22 @@ class Trainer:
     def _take(self, arrived: Arrived) -> None:
         """One step: learn from what arrived, and hand the new weights on."""
         with self.source.rows(arrived.step) as rows:
-            report = self.learner.learn(arrived.step, rows, self.clock)
-        self.clock.add(*arrived.spans)
+            report = self.learner.learn(arrived.step, rows, self._clock)
+        self._clock.add(*arrived.spans)
         self.state = self.state.after(arrived.position, self.learner.initial_entropy)
         due = self.evaluations is not None and self.evaluations.due(self.state.step)
         published = {} if self._idle and not due else self._publish()
         self._save()
         if due:
             self._evaluate()
-        record = step_record(self.policy, arrived, report, published, self.clock.take())
+        record = step_record(self.policy, arrived, report, published, self._clock.take())
         for observer in self.observers:
             observer.step(record)
 
     # -- parts of a step -----------------------------------------------------------------------------------------------
 
     def _collect(self) -> Arrived | None:
-        with self.clock.phase("wait"):
+        with self._clock.phase("wait"):
             return self.source.collect(self.state.step)
 
     @property
@@ -95,7 +99,7 @@ class Trainer:
         return self.state.step >= self.settings.run.steps or self.source.has(self.state.step)
 
     def _publish(self) -> dict[str, float]:
-        with self.clock.phase("publish"):
+        with self._clock.phase("publish"):
             numbers = self.source.publish(self.state.step)
         if not self._idle:
             self.source.go_on(self.state.step)
@@ -103,7 +107,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         if self.evaluations is not None:
-            with self.clock.phase("evaluate"):
+            with self._clock.phase("evaluate"):
                 records = self.evaluations.run(self.state.step)
             for record in records:
                 for observer in self.observers:
@@ -112,16 +116,16 @@ class Trainer:
     def _save(self, *, last: bool = False) -> None:
         """A checkpoint and an export, where they are due."""
         step, settings = self.state.step, self.settings.checkpoint
-        self.writer.poll()
-        if step != self.saved and step and (last or (settings.every and step % settings.every == 0)):
-            with self.clock.phase("checkpoint"):
+        self._writer.poll()
+        if step != self._saved and step and (last or (settings.every and step % settings.every == 0)):
+            with self._clock.phase("checkpoint"):
                 asynchronous = settings.asynchronous and not last
-                save_policy(self.writer, self.policy, asynchronous=asynchronous, step=step, run=self.state.to_json())
-            self.saved = step
-        if self.exporter and step and (step % settings.export_every == 0 or step == self.settings.run.steps):
+                save_policy(self._writer, self.policy, asynchronous=asynchronous, step=step, run=self.state.to_json())
+            self._saved = step
+        if self._exporter and step and (step % settings.export_every == 0 or step == self.settings.run.steps):
             folder = step_folder(self.settings.run.directory / "exports", step)
             if not self.policy.layout.from_main(folder.exists()):
-                with self.clock.phase("export"):
-                    self.exporter.save(folder)
+                with self._clock.phase("export"):
+                    self._exporter.save(folder)
         if last:
-            self.writer.finish()
+            self._writer.finish()

@@ -9,8 +9,6 @@ from megatron_rl.config.checks import require_valid
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import Settings
 from megatron_rl.observe.observer import Observer
-from megatron_rl.policy.checkpoint import CheckpointWriter
-from megatron_rl.policy.hf_export import HfExporter
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.reference import Reference
@@ -18,11 +16,11 @@ from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
-from megatron_rl.train.clock import Clock
 from megatron_rl.train.folder import begin, require_fresh
+from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
-from megatron_rl.train.loop import Trainer
-from megatron_rl.train.run_state import CHECKPOINTS, RunState, newest
+from megatron_rl.train.loop import Evaluations, Trainer
+from megatron_rl.train.run_state import RunState, newest
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.steps import Replay, Rollouts, Source
 from megatron_rl.train.stopping import Stopper
@@ -59,13 +57,9 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
             load_policy(policy, checkpoint)
         if state.step >= settings.run.steps:
             return state
-        source: Source
-        if settings.bank.replay is not None:
-            source = Replay(policy, settings.bank.replay)
-        else:
-            source = Rollouts(settings, policy, stopper, thread)
-            if not source.open():
-                return state
+        opened = _source(settings, policy, stopper, thread)
+        if opened is None:
+            return state
         learner = Learner(policy, goal, advantage, settings, reference)
         learner.initial_entropy = state.initial_entropy
         told = tuple(observers) if policy.layout.is_main else ()
@@ -74,20 +68,8 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         record = run_record(settings, policy)
         for observer in told:
             observer.started(record, state.step)
-        trainer = Trainer(
-            settings=settings,
-            policy=policy,
-            source=source,
-            learner=learner,
-            writer=CheckpointWriter(settings.run.directory / CHECKPOINTS, policy.layout, settings.checkpoint.keep_last),
-            exporter=HfExporter(policy, settings.checkpoint.export_dtype) if settings.checkpoint.export_every else None,
-            evaluations=None,
-            observers=told,
-            stopper=stopper,
-            clock=Clock(),
-            state=state,
-            saved=state.step if checkpoint is not None else None,
-        )
+        saved = state.step if checkpoint is not None else None
+        trainer = Trainer(settings, policy, *opened, learner, told, stopper, state, saved)
         state = trainer.run()
         for observer in told if state.step >= settings.run.steps else ():
             observer.finished()
@@ -96,6 +78,18 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
 
 def _state_of(checkpoint: Path | None) -> RunState:
     return RunState() if checkpoint is None else RunState.from_json(CheckpointFiles(checkpoint).manifest.get("run", {}))
+
+
+def _source(
+    settings: Settings, policy: Policy, stopper: Stopper, thread: SamplingThread | None
+) -> tuple[Source, Evaluations | None] | None:
+    """Where steps come from, and who evaluates; None when the run is told to stop before servers are up."""
+    if settings.bank.replay is not None:
+        return Replay(policy, settings.bank.replay), None  # without servers there is nobody to ask
+    rollouts = Rollouts(settings, policy, stopper, thread)
+    if not rollouts.open():
+        return None
+    return rollouts, HeldOut(settings, policy, rollouts) if settings.evaluation.every else None
 
 
 def _session(settings: Settings, state: RunState) -> AbstractAsyncContextManager[Session]:

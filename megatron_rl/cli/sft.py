@@ -1,0 +1,51 @@
+"""`megatron-rl sft`: supervised fine-tuning, the cold start of reinforcement learning."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.cli.screen import told_to_the_user
+from megatron_rl.cli.starting import start_ranks
+from megatron_rl.config.checks import require_valid
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.load import load_settings
+from megatron_rl.train.ranks import launched
+from megatron_rl.train.upstream import quiet_upstream
+
+
+def sft(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in run.directory.")] = False,
+) -> None:
+    """Teach a policy given responses to prompts (supervised fine-tuning), so that reinforcement learning has a beginning.
+
+    Prompts are those of `data.sources`, drawn and tokenised as in training. `supervised.response` words what the policy shall
+    say, from the fields of a prompt: `{answer}` by default. The response and the token that ends it are learned, in the very
+    form in which the policy will write them in rollouts. Every row is looked at before training starts.
+
+    With `data.validation_share`, or validation sources, the loss on held-out rows is measured before and after. At the end the
+    model is written to `exports/final` in the run's folder, as a Hugging Face checkpoint with its tokenizer. Checkpoints go to
+    `checkpoints`; with `--resume` a run that was killed continues exactly.
+
+    **Examples**
+
+    - `megatron-rl sft recipe.yaml policy.init=Qwen3-30B-A3B-Base run.directory=runs/cold-start`
+    - `megatron-rl sft recipe.yaml 'supervised.response="<think>{reasoning}</think>{answer}"' run.steps=500`
+    - `megatron-rl sft recipe.yaml run.directory=runs/cold-start --resume`
+    - `megatron-rl train recipe.yaml policy.init=runs/cold-start/exports/final` afterwards
+    - `torchrun --nproc-per-node 8 -m megatron_rl.cli sft recipe.yaml` where a launcher starts the ranks
+    """
+    with told_to_the_user():
+        settings = load_settings(config, overrides or [])
+        if not launched():
+            require_valid(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1)
+        start_ranks(settings)
+        quiet_upstream()
+        from megatron_rl.train import supervised
+
+        supervised.main(settings, resume=resume)
