@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.sealed import SealedStep
 from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.types import Group, Prompt, Sample, Segment
@@ -35,16 +36,20 @@ def made_up_sample(generator: np.random.Generator, prompt: np.ndarray, turns: in
     return Sample(tokens, log_probs, tuple(segments), "stop", rewards, reward, turn_rewards=turn_rewards)
 
 
+def sealed_steps(folder: Path, steps: int, *, groups: int = 5, size: int = 4, turns: int = 1, seed: int = 0) -> None:
+    """A bank of sealed steps."""
+    generator = np.random.default_rng(seed)
+    with Bank(folder) as bank:
+        for step in range(steps):
+            for number in range(step * groups, (step + 1) * groups):
+                tokens = generator.integers(VOCABULARY, size=int(generator.integers(2, 7))).astype(np.int64)
+                prompt = Prompt(f"p{number}", tokens)
+                samples = tuple(made_up_sample(generator, prompt.tokens, turns) for _ in range(size))
+                bank.append(Group(f"p{number}@{number}", prompt, samples, step))
+            bank.seal(step)
+
+
 def sealed_step(folder: Path, *, groups: int = 5, size: int = 4, turns: int = 1, seed: int = 0) -> SealedStep:
     """A step of groups in a bank of its own."""
-    generator = np.random.default_rng(seed)
-    bank = Bank(folder)
-    for number in range(groups):
-        prompt = Prompt(f"p{number}", generator.integers(VOCABULARY, size=int(generator.integers(2, 7))).astype(np.int64))
-        samples = tuple(made_up_sample(generator, prompt.tokens, turns) for _ in range(size))
-        bank.append(Group(f"p{number}@{number}", prompt, samples, 0))
-    bank.seal(0)
-    bank.close()
-    from megatron_rl.rollout.bank.reader import BankReader
-
+    sealed_steps(folder, 1, groups=groups, size=size, turns=turns, seed=seed)
     return BankReader(folder).step(0)
