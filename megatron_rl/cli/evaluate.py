@@ -36,8 +36,8 @@ def evaluate(
     The model is `policy.init`. Servers are started for it on this machine, or are those that `servers.urls` or
     `servers.urls_file` name. Prompts are those that `data.validation_share` sets aside and those of `data.validation_sources`;
     how they are asked is the section `evaluation:`. Printed for each source: avg@n (share of right responses), pass@k (the
-    chance that one of k is right, without bias), maj@n (whether the answer that most give is right), rewards by component, length,
-    and the share that was cut off. A response is right when its reward is at least `evaluation.correct_at`.
+    chance that one of k is right, without bias), maj@n (whether the answer that most give is right), rewards by component,
+    length, and the share that was cut off. A response is right when its reward is at least `evaluation.correct_at`.
 
     Every response, with its text and rewards, is kept in `evaluations` in run.directory, a Parquet file a source.
 
