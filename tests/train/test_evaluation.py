@@ -21,7 +21,7 @@ from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.rewards import registry
 from megatron_rl.rewards.base import TellsAnswer
 from megatron_rl.train.evaluation import open_alone
-from tests.servers import TinyServer
+from tests.servers import Address, TinyServer
 
 SAMPLES = 4
 
@@ -131,9 +131,7 @@ def test_wrong_settings_end_with_a_message(
         name: {key: places.get(str(value), value) for key, value in section.items()} if name == "policy" else section
         for name, section in changes.items()
     }
-    nowhere = TinyServer(
-        server=type("Nowhere", (), {"url": "http://127.0.0.1:9"})(), model=tiny_models[0], other=tiny_models[1]
-    )
+    nowhere = TinyServer(Address("http://127.0.0.1:9"), *tiny_models)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections(nowhere, tmp_path, **changes)))
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 2, result.output
