@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def settings_of(folder: Path, **source: Any) -> Settings:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    sources = [{"path": path, "answer": "answer", "fields": {"why": "why"}, **source}]
+    sources = [{"path": str(path), "answer": "answer", "fields": {"why": "why"}, **source}]
     return Settings.model_validate({"policy": {"config": folder}, "data": {"sources": sources, "cache": folder / "cache"}})
 
 
@@ -44,9 +44,7 @@ def opened(tmp_path: Path, tokenizer: Tokenizer) -> Open:
     def open_it(response: str = "{answer}", longest: int = 100, steps: int = 2, strict: bool = False, **source: Any) -> Any:
         demonstrator = Demonstrator(tokenizer, response, longest)
         prompts = open_prompts(settings_of(tmp_path, **source), tokenizer)
-        demonstrations = Demonstrations(prompts, demonstrator, batch=3, steps=steps)
-        demonstrations.check(strict)
-        return demonstrations
+        return Demonstrations(prompts, demonstrator, batch=3, steps=steps, strict=strict)
 
     return open_it
 
@@ -107,7 +105,6 @@ def test_held_out_rows_are_no_rows_that_are_learned_from(tmp_path: Path, tokeniz
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"validation_share": 0.5})})
     demonstrator = Demonstrator(tokenizer, "{why}", 100)
     learned = Demonstrations(open_prompts(settings, tokenizer), demonstrator, batch=3, steps=1)
-    learned.check(strict=False)
     held = held_out_sequences(open_prompts(settings, tokenizer, "validation"), demonstrator, most=9)
     assert 2 <= len(held) <= 3
     assert not {tuple(sequence.tokens) for sequence in held} & {tuple(sequence.tokens) for sequence in learned.step(0)}

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
@@ -20,7 +21,11 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.rewards import registry
 from megatron_rl.rewards.base import TellsAnswer
-from megatron_rl.train.evaluation import open_alone
+from megatron_rl.rewards.model import RewardModel
+from megatron_rl.rollout.client import Sampling
+from megatron_rl.rollout.errors import Refused
+from megatron_rl.rollout.replies import Generation
+from megatron_rl.train.evaluation import EvaluationFailed, open_alone, open_evaluator
 from tests.servers import Address, TinyServer
 
 SAMPLES = 4
@@ -136,6 +141,27 @@ def test_wrong_settings_end_with_a_message(
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.output
+
+
+class Refusing:
+    """A pool whose servers refuse what they are asked."""
+
+    async def generate(self, tokens: NDArray[np.int64], sampling: Sampling, *, group: str) -> Generation:
+        raise Refused("http://node7:30000", "/generate", "the prompt is too long", 400)
+
+    async def interrupt(self) -> None:
+        raise AssertionError("nobody interrupts an evaluation")
+
+
+def test_servers_that_refuse_end_it_with_a_message(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    given = sections(TinyServer(Address("http://127.0.0.1:9"), *tiny_models), tmp_path)
+    settings = Settings.model_validate(given)
+    model, tokenizer = read_architecture(tiny_models[0]), Tokenizer(str(tiny_models[0]))
+    rewards = RewardModel(registry.build(settings.rewards), settings.scoring, lambda ids: tokenizer.text(ids.tolist()))
+    evaluator = open_evaluator(settings, model, Refusing(), rewards, tokenizer)
+    with pytest.raises(EvaluationFailed, match="digits could not be evaluated: http://node7:30000/generate: the prompt is too"):
+        asyncio.run(evaluator.evaluate(0))
+    assert not (tmp_path / "run" / "evaluations").exists()
 
 
 def answers(part: dict[str, Any], texts: Sequence[str]) -> list[str | None]:
