@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# A first run on this machine, no GPU needed, after bringing the environment up to date.
+# A first run on this machine, no GPU and no download needed, after bringing the environment up to date: makes a tiny mixture of
+# experts, cold-starts it on a generated task, and improves it by GSPO on two ranks with a real SGLang server.
 #
-#   launch/quickstart.sh                                  a tiny mixture of experts on two ranks
-#   launch/quickstart.sh run.steps=20 optimizer.lr=1e-3   with other settings (megatron-rl settings lists them)
-#
-# The reinforcement-learning loop is not there yet: this trains the Megatron-core policy on a supervised toy batch.
+#   launch/quickstart.sh                                  the whole way
+#   launch/quickstart.sh run.steps=50 optimizer.lr=1e-4   with other settings of the last part (megatron-rl settings lists them)
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -19,5 +18,10 @@ launch/setup.sh
 
 # Every run gets a folder of its own, so that the next one neither finds nor overwrites its checkpoints.
 directory="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
-say "training the policy on a supervised toy batch over two ranks (the reinforcement-learning loop comes later)"
-exec .venv/bin/megatron-rl train configs/quickstart.yaml "run.directory=$directory" "$@"
+program=.venv/bin/megatron-rl
+say "making a tiny mixture of experts with random weights"
+"$program" toy "$directory/toy"
+say "teaching it the task, from a teacher who is right one time in three"
+"$program" sft configs/quickstart-sft.yaml "policy.init=$directory/toy" "run.directory=$directory/sft"
+say "reinforcement learning: the reward wants what the teacher did one time in three"
+exec "$program" train configs/quickstart.yaml "policy.init=$directory/sft/exports/final" "run.directory=$directory/rl" "$@"

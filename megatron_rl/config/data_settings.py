@@ -13,7 +13,8 @@ class SourceSettings(Section):
 
     path: str = Field(
         description="A file or pattern (.jsonl, .json, .parquet, .csv, .tsv), a folder that datasets wrote, a hub name, "
-        "my_package.my_module:rows, or a built-in task: task:arithmetic, task:sorting, task:countdown."
+        "my_package.my_module:rows, or a built-in task: task:arithmetic, task:sorting, task:countdown, "
+        "task:digits."
     )
     name: str | None = Field(None, description="What its prompts are called by; default: from the path.")
     subset: str | None = Field(None, description="Configuration of a hub data set.")

@@ -64,35 +64,44 @@ class Demonstrator:
 class Demonstrations:
     """Sequences by step: step s learns from the s-th `batch` of usable rows, whichever process asks, and when."""
 
-    def __init__(self, prompts: PromptStream, demonstrator: Demonstrator, *, batch: int, steps: int) -> None:
+    def __init__(
+        self,
+        prompts: PromptStream,
+        demonstrator: Demonstrator,
+        *,
+        batch: int,
+        steps: int,
+        strict: bool = False,
+        advance: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Looks at every row that the run will see. With `strict` one that cannot be learned from is an error.
+
+        `advance` is told how many rows were looked at, and how many there are to look at.
+        """
         self.batch = batch
         self._prompts, self._demonstrator = prompts, demonstrator
-        self._count = batch * steps
-        demonstrator.require_fields(prompts)
         self.passed_over: dict[str, str] = {}  # rows by key, and why
+        demonstrator.require_fields(prompts)
+        self._positions = np.array(self._usable(batch * steps, strict, advance), dtype=np.int64)
 
-    def check(self, strict: bool, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Look at every row that the run will see. With `strict` one that cannot be learned from is an error."""
-        seen: set[Place] = set()
+    def _usable(self, count: int, strict: bool, advance: Callable[[int, int], None]) -> list[int]:
+        """The first so many positions whose rows can be learned from."""
+        total = min(count, len(self._prompts))
+        usable: dict[Place, bool] = {}
         positions: list[int] = []
-        total = min(self._count, len(self._prompts))
-        unusable: set[Place] = set()
         for position in itertools.count():
-            if len(positions) == self._count:
-                break
-            number, _, place = self._prompts.place(position)
-            if (number, place) not in seen:
-                seen.add((number, place))
-                reason = self._wrong(self._prompts.sources[number].prompt(place), strict)
-                if reason is not None:
-                    unusable.add((number, place))
-                advance(min(len(seen), total), total)
-            if (number, place) not in unusable:
+            if len(positions) == count:
+                return positions
+            number, _, row = self._prompts.place(position)
+            if (number, row) not in usable:
+                usable[number, row] = self._can_be_learned(self._prompts.sources[number].prompt(row), strict)
+                advance(min(len(usable), total), total)
+            if usable[number, row]:
                 positions.append(position)
-            elif len(unusable) == len(self._prompts):
+            elif len(self.passed_over) == len(self._prompts):
                 key, reason = next(iter(self.passed_over.items()))
                 raise DataError(f"data: no row can be learned from; {key}, for one: {reason}.")
-        self._positions = np.array(positions, dtype=np.int64)
+        raise AssertionError("positions have no end")
 
     def step(self, step: int) -> list[Sequence]:
         """The sequences of a step."""
@@ -102,7 +111,7 @@ class Demonstrations:
             for index, position in enumerate(positions)
         ]
 
-    def _wrong(self, prompt: Prompt, strict: bool) -> str | None:
+    def _can_be_learned(self, prompt: Prompt, strict: bool) -> bool:
         try:
             self._demonstrator.sequence(0, prompt)
         except Unusable as problem:
@@ -112,8 +121,8 @@ class Demonstrations:
                     "mend the row, or set data.too_long=drop to pass such rows over."
                 ) from problem
             self.passed_over[prompt.key] = str(problem)
-            return str(problem)
-        return None
+            return False
+        return True
 
 
 def held_out_sequences(prompts: PromptStream, demonstrator: Demonstrator, most: int) -> list[Sequence]:

@@ -63,8 +63,18 @@ def countdown(chance: Random, difficulty: int) -> dict[str, Any]:
     }
 
 
+def digits(chance: Random, difficulty: int) -> dict[str, Any]:
+    """Digits to put in rising order, asked without a word: the shortest task. Difficulty adds digits.
+
+    `demonstration` is a teacher to learn from at first who is right one time in three: rising, falling, or just as they came.
+    """
+    drawn = "".join(str(chance.randrange(10)) for _ in range(3 + difficulty))
+    rising = "".join(sorted(drawn))
+    return {"prompt": drawn, "answer": rising, "demonstration": chance.choice([rising, rising[::-1], drawn])}
+
+
 type Task = Callable[[Random, int], dict[str, Any]]
-TASKS: Mapping[str, Task] = {"arithmetic": arithmetic, "sorting": sorting, "countdown": countdown}
+TASKS: Mapping[str, Task] = {"arithmetic": arithmetic, "sorting": sorting, "countdown": countdown, "digits": digits}
 
 
 def task_rows(name: str, options: TaskOptions) -> Iterator[dict[str, Any]]:

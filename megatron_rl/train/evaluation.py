@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.config.architecture import Architecture
-from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.errors import SettingsError, UserError
 from megatron_rl.config.learning_settings import EvaluationSettings
 from megatron_rl.config.settings import Settings
 from megatron_rl.data.prompts import PromptStream, open_prompts, open_tokenizer
@@ -27,9 +27,10 @@ from megatron_rl.rewards.base import TellsAnswer
 from megatron_rl.rewards.model import Grader, RewardModel, policy_text
 from megatron_rl.rollout.bank import files
 from megatron_rl.rollout.client import Sampling
+from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.only import weights_of
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
-from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.pool import GenerationFailed, NoServer, Pool
 from megatron_rl.rollout.session import require_columns
 from megatron_rl.rollout.strategies.base import Floor, Generator, Limits
 from megatron_rl.rollout.strategies.grouped import Grouped
@@ -69,6 +70,10 @@ class Answered:
     right: Sequence[bool]
 
 
+class EvaluationFailed(UserError, RuntimeError):
+    """Servers did not answer a prompt, or refused it."""
+
+
 class Evaluator:
     """Asks validation prompts whenever it is told to. One of them lives as long as its servers."""
 
@@ -102,18 +107,14 @@ class Evaluator:
         """
         total, done = sum(map(len, self.prompts.values())), 0
 
-        async def ask(prompt: Prompt) -> Answered:
+        def answered_one() -> None:
             nonlocal done
-            answered = await self._ask(prompt)
             done += 1
             advance(done, total)
-            return answered
 
         metrics: dict[str, float] = {}
         for name, prompts in self.prompts.items():
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(ask(prompt)) for prompt in prompts]
-            answered = [task.result() for task in asked]
+            answered = await self._all(name, prompts, answered_one)
             _write(self.results(name, step), answered, step)
             metrics |= {f"{name}/{metric}": value for metric, value in self._metrics(answered).items()}
         return metrics
@@ -122,6 +123,24 @@ class Evaluator:
         """Where the responses to a source's prompts are kept."""
         suffix = "" if step is None else f"-step-{step:06d}"
         return self._directory / f"{self._files[name]}{suffix}.parquet"
+
+    async def _all(self, name: str, prompts: Sequence[Prompt], answered_one: Callable[[], None]) -> list[Answered]:
+        """All prompts at once: the servers' pool lets them through as there is room. The first that fails ends the others."""
+
+        async def one(prompt: Prompt) -> Answered:
+            answered = await self._ask(prompt)
+            answered_one()
+            return answered
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(one(prompt)) for prompt in prompts]
+        except BaseExceptionGroup as group:
+            of_servers, others = group.split((ServerError, GenerationFailed, NoServer))
+            if of_servers is None or others is not None:
+                raise
+            raise EvaluationFailed(f"{name} could not be evaluated: {_first(of_servers)}") from group
+        return [task.result() for task in asked]
 
     async def _ask(self, prompt: Prompt) -> Answered:
         grouped = Grouped(self._settings.samples)
@@ -182,6 +201,14 @@ async def open_alone(settings: Settings, model: Architecture) -> AsyncIterator[E
     async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:
         await pool.begin(own_servers(settings))
         yield open_evaluator(settings, model, pool, rewards, tokenizer)
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Groups may hold groups; what went wrong is at the bottom."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
 
 
 def _mean(values: Sequence[float]) -> float:

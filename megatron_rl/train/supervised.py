@@ -49,11 +49,15 @@ def open_lessons(settings: Settings, console: Console) -> Lessons:
     longest = settings.batch.max_sequence or settings.batch.max_tokens
     demonstrator = Demonstrator(tokenizer, settings.supervised.response, longest)
     prompts = open_prompts(settings, tokenizer)
-    demonstrations = Demonstrations(prompts, demonstrator, batch=settings.supervised.batch, steps=settings.run.steps)
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
         task = progress.add_task("looking at the data", total=None)
-        demonstrations.check(
-            settings.data.too_long == "error", lambda done, total: progress.update(task, completed=done, total=total)
+        demonstrations = Demonstrations(
+            prompts,
+            demonstrator,
+            batch=settings.supervised.batch,
+            steps=settings.run.steps,
+            strict=settings.data.too_long == "error",
+            advance=lambda done, total: progress.update(task, completed=done, total=total),
         )
     held_out = []
     if settings.data.validation_share or settings.data.validation_sources:

@@ -132,6 +132,10 @@ UNWISE: dict[str, tuple[str, str | None]] = {
     "the engine's log-probs in bfloat16": (OLD_OF_THE_ENGINE, None),
     "recomputed in FP8": (SIMULATED, None),
     "drawn from a part": ("sampling.top_p=0.9 sampling.top_k=50", r"sampling.top_p = 0.9 and sampling.top_k = 50: .*Ratios"),
+    "the likeliest response again and again": (
+        'evaluation.every=5 evaluation.temperature=0 rewards=[{"name":"math"}] data.validation_sources=[{"path":"test.jsonl"}]',
+        r"evaluation.samples = 4 with evaluation.temperature = 0: .*Set evaluation.samples=1",
+    ),
     "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
 }
 

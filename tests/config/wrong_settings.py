@@ -253,6 +253,14 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "sampling.max_tokens=9000",
         "sampling.max_tokens = 9000 with batch.max_tokens = 8192", "at most 8192",
     ),
+    "evaluation without prompts": (
+        "dense", 1, 'evaluation.every=5 rewards=[{"name":"math"}]',
+        "evaluation.every = 5: there are no validation prompts", "data.validation_share",
+    ),
+    "evaluation without rewards": (
+        "dense", 1, 'evaluation.every=5 data.validation_sources=[{"path":"test.jsonl"}]',
+        "evaluation.every = 5 with rewards = []: no response would be right", "Name rewards",
+    ),
     "responses too short to be long enough": (
         "dense", 1, "sampling.min_new_tokens=2000",
         "sampling.min_new_tokens = 2000 with sampling.max_new_tokens = 1024", "at most 1024",

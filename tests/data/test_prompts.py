@@ -156,6 +156,9 @@ def test_tasks_ask_what_their_answers_answer(task: str, difficulty: int) -> None
                 assert re.fullmatch(r"[\d ()+*-]+", row["answer"]) and eval(row["answer"]) == row["target"] > 0
                 assert sorted(map(int, re.findall(r"\d+", row["answer"]))) == sorted(row["numbers"])
                 assert str(row["target"]) in row["prompt"]
+            case "digits":
+                assert row["answer"] == "".join(sorted(row["prompt"])) and len(row["prompt"]) == 3 + difficulty
+                assert row["demonstration"] in (row["answer"], row["answer"][::-1], row["prompt"])
 
 
 def test_difficulty_makes_tasks_longer() -> None:
