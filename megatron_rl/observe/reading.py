@@ -71,12 +71,14 @@ class RunReader:
             return [], None
         apart = math.ceil(len(places) / most)
         chosen = places[(len(places) - 1) % apart :: apart]
+        found = {}
         with self.folder.experts.open("rb") as file:
-            found = []
-            for _, offset in chosen:
+            for step, offset in chosen:
                 file.seek(offset)
-                found.append(json.loads(file.readline())["tokens"])
-        return [step for step, _ in chosen], np.array(found, dtype=np.int64)
+                data = file.readline()
+                if data.startswith(b'{"step":%d,' % step) and data.endswith(b"\n"):  # else a resumed run has replaced the file
+                    found[step] = json.loads(data)["tokens"]
+        return list(found), np.array(list(found.values()), dtype=np.int64) if found else None
 
     @property
     def expert_steps(self) -> int:

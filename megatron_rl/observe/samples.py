@@ -19,6 +19,7 @@ from megatron_rl.config.errors import BankError, DataError
 from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.observe.lines import Line
 from megatron_rl.observe.reading import RunReader
+from megatron_rl.rollout.bank.folder import Folder as BankFolder
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.schema import REWARD, cells_of
 from megatron_rl.rollout.bank.sealed import SealedStep
@@ -66,19 +67,25 @@ class SampleBrowser:
                 return {"groups": [], "note": "No step is sealed in the bank yet: samples appear with the first."}
             self._open_tokenizer(reader)
             traced = [step for step in run.folder.traced() if step in set(steps)]
-            groups = list(self._groups(run, reader, traced[::-1] or steps[:-2:-1]))
+            groups = list(self._groups(self.bank, run, reader, traced[::-1] or steps[:-2:-1]))
         for place in list(self._known)[: -4 * self.bounds.groups]:
             del self._known[place]
         return {"groups": groups, "note": self._note if traced else f"{_untraced(run)} {self._note}".strip()}
 
-    def _groups(self, run: RunReader, reader: BankReader, steps: Sequence[int]) -> Iterator[Line]:
+    def _groups(self, bank: Path, run: RunReader, reader: BankReader, steps: Sequence[int]) -> Iterator[Line]:
         """As many of the newest as fit."""
         count, tokens = 0, 0
         for step in steps:
             traces: dict[str, dict[int, Trace]] = {}
             for trace in run.traces(step):
                 traces.setdefault(trace["group"], {})[trace["row"]] = trace
-            for group in self._prepared(reader, step, traces):
+            try:
+                groups = list(self._prepared(reader, step, traces))
+            except BankError:
+                if step in BankFolder(bank).sealed():
+                    raise
+                continue  # the run has removed the step meanwhile (bank.keep_steps)
+            for group in groups:
                 tokens += sum(len(sample["ids"]) for sample in group["samples"])
                 if count == self.bounds.groups or (count and tokens > self.bounds.all_tokens):
                     return

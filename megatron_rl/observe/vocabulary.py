@@ -41,9 +41,7 @@ KNOWN: dict[str, Meaning] = {
     "mismatch_chi2": Meaning("mismatch χ²", "Mean of e^(2x) − 1: the variance that importance weights would have."),
     "mismatch_effective_share": Meaning("effective samples", "Effective sample size of importance weights e^x.", "share"),
     "mismatch_max": Meaning("largest |log-ratio|", "Largest |x| of any token: trainer against server.", "nats"),
-    "mismatch_perplexity_ratio": Meaning(
-        "perplexity ratio", "Perplexity of the trainer over that of the server; 1 is equal.", "ratio"
-    ),
+    "mismatch_perplexity_ratio": Meaning("perplexity ratio", "Perplexity of the trainer over the server's; 1: equal.", "ratio"),
     "zero_advantage": Meaning("advantage 0", "Share of sequences that teach nothing, their advantage being 0.", "share"),
     "advantage/abs_mean": Meaning("|advantage|", "Mean absolute advantage of the step's samples."),
     "advantage/zero_groups": Meaning("equal groups", "Share of groups whose samples all earned the same.", "share"),
