@@ -14,6 +14,17 @@ from tests.observe.browser import Browser, Page
 from tests.observe.runs import MadeRun, run_record
 from tests.observe.said import GROUP_SIZE, SAID, write_bank, write_run
 
+# Panel, and what of the focus can be seen: an outline of the element, of what follows it, a frame of what is in it.
+WHERE_THE_FOCUS_IS = """(() => {
+    const own = document.activeElement, next = own.nextElementSibling, inside = own.querySelector?.("rect");
+    const panel = own.closest("section, nav, header");
+    return [panel?.id || panel?.tagName || own.tagName, getComputedStyle(own).outlineStyle,
+        next ? getComputedStyle(next).outlineStyle : "none", inside ? getComputedStyle(inside).strokeWidth : "0"];
+})()"""
+BEYOND_THE_EDGE = """[...document.querySelectorAll('main *, header *, nav *')].filter((each) => {
+    const box = each.getBoundingClientRect();
+    return box.width && box.right > innerWidth + 1 && !each.closest('.scroll, nav ul, .tokens, pre, svg');
+}).map((each) => each.outerHTML.slice(0, 80))"""
 PANELS = ["learning", "evaluation", "samples", "mismatch", "experts", "time", "run"]
 
 
@@ -137,10 +148,7 @@ def test_the_tab_key_reaches_everything_and_shows_where_it_is(browser: Browser, 
     seen: list[str] = []
     for _ in range(140):
         page.press("Tab")
-        here = page.evaluate("""(() => { const own = document.activeElement, style = getComputedStyle(own);
-            const around = own.nextElementSibling ? getComputedStyle(own.nextElementSibling).outlineStyle : "none";
-            const inside = own.querySelector?.("rect") ? getComputedStyle(own.querySelector("rect")).strokeWidth : "0";
-            return [own.closest("section, nav, header")?.id || own.closest("nav, header")?.tagName || own.tagName, style.outlineStyle, around, inside]; })()""")
+        here = page.evaluate(WHERE_THE_FOCUS_IS)
         if here[0] == "BODY":
             break
         seen.append(here[0])
@@ -186,10 +194,7 @@ def test_a_narrow_screen_scrolls_down_alone(browser: Browser, written: Path, wid
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     page.until("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('svg'))")
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    beyond = """[...document.querySelectorAll('main *, header *, nav *')].filter((each) => {
-        const box = each.getBoundingClientRect();
-        return box.width && box.right > innerWidth + 1 && !each.closest('.scroll, nav ul, .tokens, pre, svg'); }).map((each) => each.outerHTML.slice(0, 80))"""
-    assert page.evaluate(beyond) == []
+    assert page.evaluate(BEYOND_THE_EDGE) == []
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, light[4:-1].split(","))) < 60) == dark
     assert page.complaints == []
