@@ -9,11 +9,35 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
 
+# The report's page is tested in a real browser. Without one its tests fail, and say so.
+bring_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        ! type -P "$name" >/dev/null || return 0
+    done
+    if ((EUID)) || ! type -P apt-get >/dev/null; then
+        say "no browser is installed, and this user cannot install one: tests of the report's page will fail"
+        return
+    fi
+    say "installing chromium, for the tests of the report's page"
+    mkdir -p .tools
+    install_chromium >.tools/chromium.log 2>&1 ||
+        say "chromium could not be installed (.tools/chromium.log): tests of the report's page will fail"
+}
+
+install_chromium() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install --yes --no-install-recommends chromium || {
+        apt-get update && apt-get install --yes --no-install-recommends chromium
+    }
+}
+
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     usage
     exit 0
 fi
 launch/setup.sh
+bring_browser
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi

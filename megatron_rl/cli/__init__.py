@@ -6,6 +6,7 @@ from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
 from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.publish import publish
+from megatron_rl.cli.report import report
 from megatron_rl.cli.rewards import rewards
 from megatron_rl.cli.rollout import rollout
 from megatron_rl.cli.serve import serve
@@ -32,6 +33,7 @@ app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)
 app.command(no_args_is_help=True)(rollout)
+app.command(no_args_is_help=True)(report)
 app.command()(look.version)
 app.add_typer(data.app, name="data")
 app.add_typer(bank.app, name="bank")

@@ -105,6 +105,8 @@ def shown(name: str, value: float) -> str:
         return str(value)
     if unit == "share":
         return f"{value:.1%}"
+    if unit == "ratio":
+        return f"{value:.5f}"
     if unit in ("tokens", "tokens/s"):
         return f"{value:,.0f}"
     return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["", "nats", "tokens", "share", "tokens/s", "s", "bytes", "steps", "FLOP/s"]
+Unit = Literal["", "nats", "tokens", "share", "ratio", "tokens/s", "s", "bytes", "steps", "FLOP/s"]
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ KNOWN: dict[str, Meaning] = {
     "lr": Meaning("learning rate", "Of the last optimizer step."),
     "clip_fraction": Meaning("clipped", "Share of sequences whose gradient the clip took away.", "share"),
     "clip_fraction_tokens": Meaning("clipped, by tokens", "Share of tokens whose gradient the clip took away.", "share"),
-    "ratio": Meaning("ratio", f"Mean {SEQUENCE_RATIO}."),
+    "ratio": Meaning("ratio", f"Mean {SEQUENCE_RATIO}.", "ratio"),
     "ratio_deviation": Meaning("|ratio − 1|", f"Mean distance from 1 {SEQUENCE_RATIO}."),
     "ratio_std": Meaning("spread of ratios", f"Standard deviation {SEQUENCE_RATIO}."),
-    "ratio_min": Meaning("smallest ratio", f"Smallest {SEQUENCE_RATIO}."),
-    "ratio_max": Meaning("largest ratio", f"Largest {SEQUENCE_RATIO}."),
+    "ratio_min": Meaning("smallest ratio", f"Smallest {SEQUENCE_RATIO}.", "ratio"),
+    "ratio_max": Meaning("largest ratio", f"Largest {SEQUENCE_RATIO}.", "ratio"),
     "entropy": Meaning("entropy", "Mean entropy of the policy over its tokens. Near 0 it has stopped to explore.", "nats"),
     "old_k1": Meaning("KL(old ‖ new), k1", "How far updates moved the policy from the one that sampled: mean of −d.", "nats"),
     "old_k3": Meaning("KL(old ‖ new), k3", "The same by an estimate that is never negative: mean of e^d − 1 − d.", "nats"),
     "reference_k1": Meaning("KL(new ‖ reference), k1", "How far the policy is from the reference model.", "nats"),
     "reference_k3": Meaning("KL(new ‖ reference), k3", "The same by an estimate that is never negative.", "nats"),
-    "mismatch_k1": Meaning("k1", "KL(rollout ‖ old) as the mean of −x, x = log-prob of trainer − of server.", "nats"),
-    "mismatch_k3": Meaning("k3", "The same KL by an estimate that is never negative: mean of e^x − 1 − x.", "nats"),
-    "mismatch_chi2": Meaning("χ²", "Mean of e^(2x) − 1: the variance that importance weights would have."),
+    "mismatch_k1": Meaning("mismatch k1", "KL(rollout ‖ old) as the mean of −x, x = log-prob of trainer − of server.", "nats"),
+    "mismatch_k3": Meaning("mismatch k3", "The same KL by an estimate that is never negative: mean of e^x − 1 − x.", "nats"),
+    "mismatch_chi2": Meaning("mismatch χ²", "Mean of e^(2x) − 1: the variance that importance weights would have."),
     "mismatch_effective_share": Meaning("effective samples", "Effective sample size of importance weights e^x.", "share"),
     "mismatch_max": Meaning("largest |log-ratio|", "Largest |x| of any token: trainer against server.", "nats"),
-    "mismatch_perplexity_ratio": Meaning("perplexity ratio", "Perplexity of the trainer over that of the server; 1 is equal."),
+    "mismatch_perplexity_ratio": Meaning("perplexity ratio", "Perplexity of the trainer over the server's; 1: equal.", "ratio"),
     "zero_advantage": Meaning("advantage 0", "Share of sequences that teach nothing, their advantage being 0.", "share"),
     "advantage/abs_mean": Meaning("|advantage|", "Mean absolute advantage of the step's samples."),
     "advantage/zero_groups": Meaning("equal groups", "Share of groups whose samples all earned the same.", "share"),
