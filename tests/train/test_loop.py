@@ -1,0 +1,163 @@
+"""Runs of reinforcement learning on a real server."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.errors import SettingsError
+from megatron_rl.observe.journal import Journal
+from megatron_rl.observe.records import EvaluationRecord, RunRecord, StepRecord
+from megatron_rl.rollout.bank.reader import BankReader
+from megatron_rl.train.run import train
+from tests.servers import TinyServer
+from tests.train.runs import Run, learned, metrics, run_settings, state, written
+
+CLOSE = 1e-4  # log-probs in float32, by the server's kernels and the policy's
+
+
+class Notes:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[EvaluationRecord] = []
+        self.begun: list[int] = []
+        self.ended = False
+
+    def started(self, run: RunRecord, step: int) -> None:
+        self.begun.append(step)
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        self.evaluations.append(record)
+
+    def finished(self) -> None:
+        self.ended = True
+
+
+def ages(bank: Path) -> list[int]:
+    """For each step, how many updates old its oldest sample is."""
+    with BankReader(bank) as reader:
+        tables = {step: reader.step(step).plan() for step in reader.steps()}
+    return [step - min(table.column("oldest_version").to_pylist()) for step, table in tables.items()]
+
+
+def test_in_turns(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Sampling, learning and publishing take turns: each step is sampled from the weights of the step before, all of them."""
+    folder = tmp_path / "run"
+    evaluation = {"every": 3, "prompts": 3, "samples": 2}
+    checkpoint = {"every": 2, "export_every": 4, "export_dtype": "float32"}
+    settings = run_settings(tiny_server, folder, evaluation=evaluation, checkpoint=checkpoint)
+    notes = Notes()
+    assert train(settings, observers=[Journal(folder), notes]).step == 4
+    assert (notes.begun, notes.ended, [record.step for record in notes.steps]) == ([0], True, [0, 1, 2, 3])
+    assert ages(folder / "bank") == [0, 0, 0, 0]
+    # Servers had the very weights that `old` is of: the two agree on what was sampled, though every step moves the policy.
+    for record in notes.steps:
+        assert record.metrics["mismatch_max"] < CLOSE
+        assert record.metrics["old_k3"] > 0 and record.metrics["grad_norm"] > 0
+        phases = {span.name for span in record.spans}
+        assert {"wait", "sample", "old", "update"} <= phases
+    assert [(found.step, found.name) for found in notes.evaluations] == [(step, "arithmetic") for step in (0, 3, 4)]
+    for found in notes.evaluations:
+        assert "avg@2" in found.metrics and found.results is not None and (folder / found.results).is_file()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert (folder / "exports" / "step_00000004" / "model.safetensors").is_file()
+
+    async def version() -> int | None:
+        async with tiny_server.client() as client:
+            return (await client.model_info()).version
+
+    assert asyncio.run(version()) == 4  # evaluated at the end
+
+    # The same steps, from the bank alone.
+    replayed = run_settings(
+        tiny_server, tmp_path / "replayed", bank={"replay": folder / "bank"}, servers={"urls": ["http://127.0.0.1:9"]}
+    )
+    train(replayed, observers=[Journal(tmp_path / "replayed")])
+    assert learned(tmp_path / "replayed") == learned(folder)
+    assert state(tmp_path / "replayed", 4) == state(folder, 4)
+
+
+def test_ahead(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Sampling runs ahead, by no more than it may."""
+    settings = run_settings(tiny_server, tmp_path / "run", sampling={"ahead": 2}, run={"steps": 6})
+    notes = Notes()
+    train(settings, observers=[notes])
+    assert max(ages(tmp_path / "run" / "bank")) == 2
+    assert [record.metrics["staleness/max"] for record in notes.steps] == ages(tmp_path / "run" / "bank")
+
+
+def test_first_done(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Partial rollouts: responses that a step did not wait for go on in the next, under other weights."""
+    settings = run_settings(
+        tiny_server, tmp_path / "run", sampling={"partial": True, "over_sampling": 2.0, "stop_token_ids": [3]}
+    )
+    notes = Notes()
+    train(settings, observers=[notes])
+    assert [record.step for record in notes.steps] == [0, 1, 2, 3]
+    assert max(record.metrics["staleness/max"] for record in notes.steps) >= 1
+
+
+def test_killed_runs_go_on_as_if_nothing_had_been(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Killed again and again, and resumed: what it learned is what an uninterrupted run learns from the same samples."""
+    folder, log, victims = tmp_path / "run", tmp_path / "log", ("a rank", "everything", "SIGTERM", "the main rank")
+    layout = {"world_size": 2, "expert": 2}
+    settings = run_settings(
+        tiny_server, folder, layout=layout, checkpoint={"every": 2}, sampling={"ahead": 1}, run={"steps": 3 * len(victims)}
+    )
+    run = Run(written(settings), log=log)
+    for number, victim in enumerate(victims):
+        run.until(folder, 3 * number + 2)
+        assert run.process.poll() is None, run.said
+        first, *others = run.ranks()
+        match victim:
+            case "everything":
+                run.kill(run.process.pid, first, *others)
+            case "the main rank":
+                run.kill(first)
+            case "a rank":
+                run.kill(others[-1])
+            case "SIGTERM":
+                run.process.terminate()
+        assert run.end() != 0
+        if victim == "SIGTERM":
+            assert run.process.returncode == 143 and "saved; go on with" in run.said
+            assert (folder / "checkpoints" / f"step_{len(metrics(folder)):08}").is_dir()
+        run = Run("--resume", str(folder), log=log)
+    assert run.end() == 0, run.said
+    assert "Traceback" not in run.said.rpartition("resumed at step")[2]
+    assert [line["step"] for line in metrics(folder)] == list(range(settings.run.steps))
+
+    whole = settings.model_copy(update={"bank": settings.bank.model_copy(update={"replay": folder / "bank"})})
+    whole = whole.model_copy(update={"run": settings.run.model_copy(update={"directory": tmp_path / "whole"})})
+    assert Run(written(whole), log=tmp_path / "whole.log").end() == 0
+    assert learned(tmp_path / "whole") == learned(folder)
+    assert state(tmp_path / "whole", settings.run.steps) == state(folder, settings.run.steps)
+
+
+def test_a_bank_without_the_step_is_refused(tiny_server: TinyServer, tmp_path: Path) -> None:
+    (tmp_path / "bank").mkdir()
+    settings = run_settings(tiny_server, tmp_path / "run", bank={"replay": tmp_path / "bank"})
+    with pytest.raises(SettingsError, match=r"it has no step 0 \(it has none\)"):
+        train(settings)
+
+
+def test_the_command_refuses_before_anything_starts(tiny_server: TinyServer, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    file = written(run_settings(tiny_server, folder))
+    folder.mkdir()
+    (folder / "settings.yaml").write_text("")
+    for number, (arguments, message) in enumerate(
+        [
+            ([file], "a run is there already. Continue it with `megatron-rl train --resume"),
+            (["--resume", str(tmp_path)], "there is no run in it"),
+            ([file, "--resume", str(folder)], "Give either CONFIG or --resume RUN_DIR"),
+            ([], "Give CONFIG"),
+        ]
+    ):
+        run = Run(*arguments, log=tmp_path / f"log{number}")
+        assert run.end() == 2 and message in run.said, run.said
