@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 
 from megatron_rl.config.section import Section
 
@@ -23,7 +23,11 @@ class ObserveSettings(Section):
     wandb_mode: Literal["online", "offline", "disabled"] = Field(
         "online", description="offline: keep what it would be told in run.directory, for `wandb sync`. disabled: nothing."
     )
-    traces: NonNegativeInt = Field(
-        2, description="Groups of a step whose tokens' log-ratios and advantages are kept for the report; 0: none."
+    look_every: NonNegativeInt = Field(
+        10,
+        description="Steps between closer looks, which take one more pass over a minibatch: the experts' load, choices of "
+        "experts that the updates changed, and traces. 0: none.",
     )
-    traces_every: PositiveInt = Field(1, description="Steps between steps with such groups.")
+    traces: NonNegativeInt = Field(
+        2, description="Groups of such a step whose tokens' log-ratios and advantages are kept for the report."
+    )

@@ -7,6 +7,7 @@ the packs of its own model replica.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from megatron_rl.policy.optimizer import Optimizer
 from megatron_rl.policy.pretrained import load_pretrained
 from megatron_rl.policy.reduction import reduce_results
 from megatron_rl.policy.routers import RouterState
+from megatron_rl.policy.routing_watch import RoutingWatch, watched
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
 
@@ -73,6 +75,7 @@ class Policy:
         self.head = LogProbHead(layout, architecture.vocab, settings.policy.temperature, settings.policy.log_prob_chunk)
         self.steps = 0
         self.skipped = 0
+        self._watch: RoutingWatch | None = None
         self.model.config.finalize_model_grads_func = partial(_finalize_without_scaling, groups=layout.groups)
         for chunk in self.model.chunks:
             chunk.train()
@@ -199,6 +202,15 @@ class Policy:
                 start += padded
         return arrays
 
+    @contextmanager
+    def watching(self) -> Iterator[RoutingWatch]:
+        """Inside, one pass without gradient (`log_probs` or `observe`) tells which experts the routers choose."""
+        with watched(self.routers.routers()) as self._watch:
+            try:
+                yield self._watch
+            finally:
+                self._watch = None
+
     def close(self) -> None:
         """Leave the other ranks; call it on all of them."""
         self.layout.close()
@@ -231,6 +243,8 @@ class Policy:
 
         def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
             index, (batch, want) = next(iterator)
+            if self._watch is not None:
+                self._watch.see(self._seen_by_routers(batch.real)[0])
             output = chunk(
                 batch.tokens,
                 batch.positions,
@@ -260,9 +274,13 @@ class Policy:
         if not self.routers.measure_load(self.settings.moe):
             return None
         mask = ~batch.real
-        if self.settings.layout.sequence_parallel_on and not chunk.module.pre_process:
-            mask = mask.chunk(self.settings.layout.tensor, dim=1)[self.layout.groups.tp.rank()]
-        return mask
+        return mask if chunk.module.pre_process else self._seen_by_routers(mask)
+
+    def _seen_by_routers(self, values: Tensor) -> Tensor:
+        """[1, local] as routers see it: with sequence parallelism a tensor rank's part."""
+        if not self.settings.layout.sequence_parallel_on:
+            return values
+        return values.chunk(self.settings.layout.tensor, dim=1)[self.layout.groups.tp.rank()]
 
     def _loss(
         self,

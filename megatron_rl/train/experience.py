@@ -37,6 +37,7 @@ class Experience:
     """What all ranks know of a step: one entry a row of the bank."""
 
     rows: Rows
+    names: Sequence[str]  # of the groups, by number
     groups: NDArray[np.int64]  # [rows] number of the row's group in the step
     lengths: NDArray[np.int64]  # [rows] tokens
     loss_tokens: NDArray[np.int64]  # [rows] tokens that count
@@ -52,6 +53,7 @@ class Experience:
         number = {name: place for place, name in enumerate(dict.fromkeys(names))}
         return cls(
             rows=rows,
+            names=list(number),
             groups=np.array([number[name] for name in names], dtype=np.int64),
             lengths=table.column("length").to_numpy().astype(np.int64),
             loss_tokens=table.column("loss_tokens").to_numpy().astype(np.int64),
@@ -70,6 +72,11 @@ class Experience:
             raise ValueError(f"{self.group_count} groups cannot be dealt to {count} minibatches: each needs whole groups")
         order = np.random.default_rng(list(seed)).permutation(self.group_count)
         return [np.flatnonzero(np.isin(self.groups, part)) for part in np.array_split(order, count)]
+
+    def of_first_groups(self, rows: NDArray[np.int64], count: int) -> dict[int, str]:
+        """The rows among these that belong to their first so many groups, with the groups' names."""
+        chosen = set(sorted(set(self.groups[rows].tolist()))[:count])
+        return {int(row): self.names[self.groups[row]] for row in rows if int(self.groups[row]) in chosen}
 
     def sequences(self, rows: Sequence[int], *, routing: bool = False) -> list[TokenSequence]:
         """Read rows of the bank: tokens, and what the engine said of them. Advantages come later."""

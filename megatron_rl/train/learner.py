@@ -6,6 +6,7 @@ Every rank runs it. Order matters in one place: penalties in the reward may need
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +22,10 @@ from megatron_rl.objectives.gtpo import CONFLICT
 from megatron_rl.policy.group_pass import gather_statistics, prepare_groups
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.reference import Reference
+from megatron_rl.policy.routing_watch import RoutingWatch
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.experience import ROLLOUT, Experience, Rows, advantages_of
+from megatron_rl.train.look import Look, look
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
 
@@ -37,6 +40,7 @@ class Minibatch:
 
     packs: list[Pack]
     columns: Columns
+    routing: RoutingWatch | None = None  # of the pass that scored `old`
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class LearnReport:
     metrics: Mapping[str, float]
     tokens: int  # of all samples, prompts included
     written: int  # of these, the ones that count
+    look: Look | None = None
 
 
 class Learner:
@@ -65,14 +70,17 @@ class Learner:
         self.initial_entropy: float | None = None  # of the first model, once known; part of a run's state
         self._parts = objective if isinstance(objective, ComposedObjective) else None
 
-    def learn(self, step: int, rows: Rows, clock: Clock | None = None) -> LearnReport:
-        """All minibatches of all epochs. A function of the weights, the rows and the step's number alone."""
+    def learn(self, step: int, rows: Rows, clock: Clock | None = None, *, traces: int | None = None) -> LearnReport:
+        """All minibatches of all epochs. A function of the weights, the rows and the step's number alone.
+
+        With `traces` the first minibatch is looked at when all is done, and so many of its groups token by token.
+        """
         clock = clock or Clock()
         experience = Experience.read(rows)
         seed = (self.settings.run.seed, step)
         with clock.phase("old"):
             parts = experience.minibatches(self.settings.batch.minibatches, seed)
-            minibatches = [self._scored(experience, part) for part in parts]
+            minibatches = [self._scored(experience, part, watch=traces is not None) for part in parts]
         metrics = experience.metrics(step)
         if self._parts is not None and INITIAL_ENTROPY in self._parts.needs_scalars:
             minibatches = self._with_initial_entropy(minibatches)
@@ -91,24 +99,31 @@ class Learner:
                 )
                 updates += [self._update(minibatches[number]) for number in order]
         metrics = {**metrics, **_mean([update.metrics for update in updates]), **_summary(updates)}
-        return LearnReport(updates, metrics, int(experience.lengths.sum()), int(experience.loss_tokens.sum()))
+        seen = None
+        if traces is not None:
+            with clock.phase("look"):
+                seen = self._look(minibatches[0], experience.of_first_groups(parts[0], traces))
+            metrics |= seen.metrics
+        return LearnReport(updates, metrics, int(experience.lengths.sum()), int(experience.loss_tokens.sum()), seen)
 
     # -- before the first update ---------------------------------------------------------------------------------------
 
-    def _scored(self, experience: Experience, rows: NDArray[np.int64]) -> Minibatch:
+    def _scored(self, experience: Experience, rows: NDArray[np.int64], *, watch: bool) -> Minibatch:
         """Packs of a minibatch, and the log-probs that its objective reads, with the weights as they are."""
         lengths = experience.lengths[rows].tolist()
         packs = self.policy.pack_lengths(lengths, lambda positions: experience.sequences([int(rows[p]) for p in positions]))
         wanted = self._parts.needs_columns if self._parts is not None else frozenset({"old"})
         columns: Columns = {}
+        routing = None
         if "old" in wanted and self.settings.objective.old_log_probs == "recompute":
-            columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
+            with self.policy.watching() if watch else nullcontext() as routing:
+                columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
         if "old" in wanted and self.settings.objective.old_log_probs == "rollout":
             packs = _mapped(Minibatch(packs, {}), _rollout_as_old).packs
         if self.reference is not None:
             with self.reference.in_place():
                 columns["reference"] = [values.log_probs for values in self.policy.log_probs(packs)]
-        return Minibatch(packs, columns)
+        return Minibatch(packs, columns, routing)
 
     def _with_initial_entropy(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
         """GTPO asks how sure the first model was of itself: the mean entropy of its tokens, taken before the first update."""
@@ -156,10 +171,17 @@ class Learner:
     # -- updates -------------------------------------------------------------------------------------------------------
 
     def _update(self, minibatch: Minibatch) -> UpdateReport:
-        packs = minibatch.packs
-        if self._parts is not None and self._parts.reads_groups:
-            packs = prepare_groups(self.policy, packs, self._parts, minibatch.columns)
-        return self.policy.update(packs, self.objective, minibatch.columns)
+        return self.policy.update(self._prepared(minibatch), self.objective, minibatch.columns)
+
+    def _prepared(self, minibatch: Minibatch) -> list[Pack]:
+        """The packs as the objective reads them, with the present weights."""
+        if self._parts is None or not self._parts.reads_groups:
+            return minibatch.packs
+        return prepare_groups(self.policy, minibatch.packs, self._parts, minibatch.columns)
+
+    def _look(self, minibatch: Minibatch, traced: Mapping[int, str]) -> Look:
+        packs = self._prepared(minibatch)
+        return look(self.policy, self.objective, packs, minibatch.columns, minibatch.routing, traced)
 
 
 def _mapped(minibatch: Minibatch, change: Callable[[TokenSequence], TokenSequence]) -> Minibatch:

@@ -75,7 +75,7 @@ class Trainer:
     def _take(self, arrived: Arrived) -> None:
         """One step: learn from what arrived, and hand the new weights on."""
         with self.source.rows(arrived.step) as rows:
-            report = self.learner.learn(arrived.step, rows, self._clock)
+            report = self.learner.learn(arrived.step, rows, self._clock, traces=self._traces(arrived.step))
         self._clock.add(*arrived.spans)
         self.state = self.state.after(arrived.position, self.learner.initial_entropy)
         due = self.evaluations is not None and self.evaluations.due(self.state.step)
@@ -92,6 +92,11 @@ class Trainer:
     def _collect(self) -> Arrived | None:
         with self._clock.phase("wait"):
             return self.source.collect(self.state.step)
+
+    def _traces(self, step: int) -> int | None:
+        """Groups to be traced after this step; None when it is not looked at."""
+        observe = self.settings.observe
+        return observe.traces if observe.look_every and step % observe.look_every == 0 else None
 
     @property
     def _idle(self) -> bool:

@@ -61,7 +61,9 @@ def step_record(
         **seconds,
         "memory/peak": max(policy.layout.everyone_has(_peak_memory())),
     }
-    return StepRecord(arrived.step, metrics, spans)
+    if report.look is None:
+        return StepRecord(arrived.step, metrics, spans)
+    return StepRecord(arrived.step, metrics, spans, report.look.expert_tokens, report.look.traces)
 
 
 def _rates(report: LearnReport, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -31,16 +31,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 TOLERANCE = 1e-5  # of weights of size 1e-2 that 6 updates of 1e-3 have moved
 
 
-def learn(launch: Launch, settings: dict[str, Any], bank: Path, folder: Path) -> dict[str, float]:
-    """Three steps; leaves the weights in a folder and returns the last step's metrics."""
+def learn(launch: Launch, settings: dict[str, Any], bank: Path, folder: Path) -> tuple[dict[str, float], list[list[int]]]:
+    """Three steps; leaves the weights in a folder and returns the last step's metrics, and where experts' tokens went."""
     policy = Policy.open(Settings(**settings), launch)
     goal, advantage = objective.build(policy.settings.objective)
     learner = Learner(policy, goal, advantage, policy.settings, Reference(policy))
     for step in range(STEPS):
         with BankReader(bank) as reader, reader.step(step) as rows:
-            report = learner.learn(step, rows)
+            report = learner.learn(step, rows, traces=1)
     save_hf(policy, folder, "float32")
-    return dict(report.metrics)
+    assert report.look is not None and report.look.expert_tokens is not None
+    assert len(report.look.traces) == (4 if launch.rank == 0 else 0)
+    return dict(report.metrics), report.look.expert_tokens.tolist()
 
 
 @pytest.mark.parametrize("surrogate", ["gspo", "grpo"])
@@ -48,7 +50,7 @@ def test_ranks_do_not_matter(surrogate: str, cluster: Cluster, tmp_path: Path) -
     sealed_steps(tmp_path / "bank", STEPS)
     objective: dict[str, Any] = {"surrogate": surrogate, "reference": "initial", "penalties": [{"name": "kl_loss"}]}
 
-    def run(name: str, ranks: int, layout: dict[str, int]) -> tuple[dict[str, float], dict[str, Any]]:
+    def run(name: str, ranks: int, layout: dict[str, int]) -> tuple[dict[str, float], Any, dict[str, Any]]:
         settings = tiny_settings(
             tmp_path / name,
             layout=layout,
@@ -57,16 +59,17 @@ def test_ranks_do_not_matter(surrogate: str, cluster: Cluster, tmp_path: Path) -
             objective=objective,
         )
         arguments = {"settings": settings.model_dump(), "bank": tmp_path / "bank", "folder": tmp_path / name / "learned"}
-        metrics, *others = cluster.run("tests.parallel.test_learning:learn", ranks, **arguments)
-        assert all(each == metrics for each in others)
-        return metrics, load_file(tmp_path / name / "learned" / "model.safetensors")
+        (metrics, tokens), *others = cluster.run("tests.parallel.test_learning:learn", ranks, **arguments)
+        assert all(each == (metrics, tokens) for each in others)
+        return metrics, np.array(tokens), load_file(tmp_path / name / "learned" / "model.safetensors")
 
     first = load_file(_first(tmp_path))
-    metrics, weights = run("one", 1, {})
+    metrics, tokens, weights = run("one", 1, {})
     moved = max(np.abs(weights[name] - first[name]).max() for name in weights)
     assert moved > 100 * TOLERANCE
     for name, (ranks, layout) in LAYOUTS.items():
-        found, learned = run(name, ranks, layout)
+        found, loads, learned = run(name, ranks, layout)
+        assert loads.sum() == tokens.sum() and np.abs(loads - tokens).max() <= 1, name  # a near tie may go either way
         assert found == pytest.approx(metrics, rel=1e-3, abs=1e-5), name
         assert learned.keys() == weights.keys()
         for tensor, values in weights.items():

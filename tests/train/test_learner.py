@@ -153,7 +153,7 @@ def test_penalties_in_the_reward_reach_the_advantages(tmp_path: Path) -> None:
         assert learner.reference is not None
         with learner.reference.in_place():
             first = policy.per_sequence(packs, [values.log_probs for values in policy.log_probs(packs)])
-        parts = [learner._scored(experience, part) for part in experience.minibatches(3, (0, 1))]
+        parts = [learner._scored(experience, part, watch=False) for part in experience.minibatches(3, (0, 1))]
         adjusted = learner._adjusted_rewards(experience, parts)
     samples = [sample for group in rows.groups() for sample in group.samples]
     expected = [s.reward - 0.5 * float((old[i] - first[i])[s.loss_mask].sum()) for i, s in enumerate(samples)]
@@ -200,3 +200,55 @@ def test_metrics_count_samples(tmp_path: Path) -> None:
     assert found["reward/shape"] == pytest.approx(np.mean([s.rewards["shape"] for s in samples]))
     assert found["response/tokens"] == pytest.approx(np.mean([s.loss_mask.sum() for s in samples]))
     assert found["sample/failed"] == found["response/cut_off"] == 0
+
+
+def test_a_look_shows_what_the_updates_did(tmp_path: Path) -> None:
+    """Log-ratios of the first minibatch after the last update, which sequences the clip stopped, where experts' tokens go."""
+    rows = sealed_step(tmp_path / "bank", groups=6)
+    low, high = 0.1, 0.1
+    options = {"clip_low": low, "clip_high": high}
+    settings = settings_of(
+        tmp_path, objective={"options": options}, batch={"minibatches": 2, "epochs": 2}, optimizer={"lr": 3e-5}
+    )
+    with opened(settings) as policy:
+        learner = learner_of(policy)
+        sequences = Experience.read(rows).sequences(range(rows.rows))
+
+        def scored() -> dict[int, np.ndarray]:
+            packs = policy.pack(sequences)
+            return policy.per_sequence(packs, [values.log_probs for values in policy.log_probs(packs)])
+
+        before = scored()
+        report = learner.learn(0, rows, traces=2)
+        after = scored()
+    seen = report.look
+    assert seen is not None and len({trace.group for trace in seen.traces}) == 2 and len(seen.traces) == 8
+    clipped = []
+    for trace in seen.traces:
+        mask = sequences[trace.row].loss_mask
+        expected = np.where(mask, after[trace.row] - before[trace.row], 0.0)
+        np.testing.assert_allclose(trace.log_ratio, expected, atol=2e-6)
+        ratio = np.exp(expected.sum() / mask.sum())
+        assert trace.ratio == pytest.approx(ratio, rel=1e-5)
+        stopped = (trace.advantage > 0 and ratio > 1 + high) or (trace.advantage < 0 and ratio < 1 - low)
+        assert trace.clipped == stopped
+        clipped.append(stopped)
+
+    assert any(clipped) and not all(clipped)
+    architecture = policy.architecture
+    assert architecture.experts is not None and seen.expert_tokens is not None
+    assert seen.expert_tokens.shape == (sum(architecture.moe_layers), architecture.experts.count)
+    totals = seen.expert_tokens.sum(1)
+    first = set(Experience.read(rows).minibatches(2, (0, 0))[0].tolist())
+    tokens = sum(sequence.length for sequence in sequences if sequence.index in first)
+    assert (totals == tokens * architecture.experts.top_k).all()
+    assert 0 < seen.metrics["moe/routing_changed"] < 0.5
+    assert seen.metrics["moe/max_over_mean"] >= 1
+
+
+def test_a_look_at_weights_that_stay_sees_no_change(tmp_path: Path) -> None:
+    rows = sealed_step(tmp_path / "bank")
+    with opened(settings_of(tmp_path, optimizer={"lr": 0.0})) as policy:
+        report = learner_of(policy).learn(0, rows, traces=1)
+    assert report.look is not None and report.look.metrics["moe/routing_changed"] == 0
+    assert all(trace.ratio == 1 and not trace.clipped and not trace.log_ratio.any() for trace in report.look.traces)

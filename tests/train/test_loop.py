@@ -156,7 +156,6 @@ def test_the_command_refuses_before_anything_starts(tiny_server: TinyServer, tmp
             ([file], "a run is there already. Continue it with `megatron-rl train --resume"),
             (["--resume", str(tmp_path)], "there is no run in it"),
             ([file, "--resume", str(folder)], "Give either CONFIG or --resume RUN_DIR"),
-            ([], "Give CONFIG"),
         ]
     ):
         run = Run(*arguments, log=tmp_path / f"log{number}")
