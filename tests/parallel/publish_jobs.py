@@ -25,7 +25,7 @@ from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 
 SECONDS = 120.0  # a publish that hangs fails
-PROMPT_LENGTH, LONG = 8, 96  # tokens of a request and of its response
+PROMPT_LENGTH, ENDURING = 8, 384  # tokens of a request and of its response, which takes longer than a publish takes to pause
 
 
 def open_policy(launch: Launch, settings: dict[str, Any]) -> tuple[Policy, Publisher]:
@@ -117,5 +117,5 @@ async def _under_way(pool: Pool, vocabulary: int) -> tuple[list[list[int]], list
 
 
 def _requests(pool: Pool, prompts: Sequence[Sequence[int]]) -> list[asyncio.Task[Generation]]:
-    sampling = Sampling(max_new_tokens=LONG, ignore_end=True)
+    sampling = Sampling(max_new_tokens=ENDURING, ignore_end=True)
     return [asyncio.create_task(pool.generate(prompt, sampling, group=str(i))) for i, prompt in enumerate(prompts)]

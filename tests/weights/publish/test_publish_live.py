@@ -19,7 +19,7 @@ from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from tests.parallel.cluster import Cluster
-from tests.parallel.publish_jobs import Survived, Victim
+from tests.parallel.publish_jobs import ENDURING, Survived, Victim
 from tests.reference.tiny_checkpoint import write_tiny_checkpoint
 from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 from tests.weights.publish.live import (
@@ -198,7 +198,8 @@ def test_a_server_killed_in_the_middle_of_a_publish(more: More, tiny_server: Tin
     after = {outcome.url: outcome.result for outcome in seen.after.outcomes}
     assert after == {survivor: "current", twin.url: "updated"} and seen.after.failures == ()
     for response, late in zip(seen.responses, seen.late, strict=True):
-        assert [span.version for span in response.spans] == [0, 1] and [span.version for span in late.spans] == [1]
+        assert [span.version for span in response.spans] in ([0], [0, 1], [1]) and [span.version for span in late.spans] == [1]
+    assert any(len(response.spans) == 2 for response in seen.responses)
     check_tokens(seen.prompts, seen.responses, tiny_server.model, new)
     check_tokens(seen.prompts, seen.late, tiny_server.model, new)
 
@@ -207,7 +208,7 @@ def check_tokens(prompts: list[list[int]], responses: list[Generation], old: Pat
     """All are there; those of version 0 have the old weights' log-probs, the others the new ones'."""
     sequences = [[*prompt, *response.tokens.tolist()] for prompt, response in zip(prompts, responses, strict=True)]
     for response, before, after in zip(responses, log_probs(old, sequences), log_probs(new, sequences), strict=True):
-        assert len(response.tokens) == LONG
+        assert len(response.tokens) == ENDURING
         first = sum(span.length for span in response.spans if span.version == 0)
         expected = [*before[PROMPT_LENGTH:][:first], *after[PROMPT_LENGTH + first :]]
         np.testing.assert_allclose(response.log_probs, expected, atol=CLOSE)
