@@ -4,41 +4,118 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.config.settings import Settings
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
-from megatron_rl.rollout.client import Client
-from megatron_rl.train.publishing import open_publisher
+from megatron_rl.rollout.client import Client, Sampling
+from megatron_rl.rollout.health import Outdated, name
+from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.replies import Generation
+from megatron_rl.rollout.server import Server, ServerOptions
+from megatron_rl.rollout.suitability import Demands
+from megatron_rl.train.publishing import open_publisher, publish_to_pool
 from megatron_rl.weights.publish.ports import Target
+from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 
 SECONDS = 120.0  # a publish that hangs fails
+PROMPT_LENGTH, ENDURING = 8, 384  # tokens of a request and of its response, which takes longer than a publish takes to pause
 
 
-def publish(
-    launch: Launch,
-    settings: dict[str, Any],
-    version: int,
-    urls: Sequence[str],
-    kill: tuple[int, int, int] | None = None,
-    known: Sequence[str] = (),
-) -> Report:
-    """Publish the policy's first weights. `kill` names a process, and the bucket and the rank after which it is killed.
-
-    `known` servers have been given this version by an earlier publisher of the same run.
-    """
+def open_policy(launch: Launch, settings: dict[str, Any]) -> tuple[Policy, Publisher]:
     policy = Policy.open(Settings(**settings), launch)
-    publisher = open_publisher(policy, lambda url: Client(url, policy.architecture.vocab))
-    publisher.given.update(dict.fromkeys(known, version))
+    return policy, open_publisher(policy, lambda url: Client(url, policy.architecture.vocab))
 
-    def tell(done: int, total: int) -> None:
-        if kill is not None and launch.rank == kill[2] and done == kill[1] < total:
-            os.kill(kill[0], signal.SIGKILL)
+
+def publish(launch: Launch, settings: dict[str, Any], version: int, urls: Sequence[str]) -> Report:
+    """Publish the policy's first weights."""
+    _, publisher = open_policy(launch, settings)
 
     async def in_time() -> Report:
         async with asyncio.timeout(SECONDS):
-            return await publisher.publish(version, [Target(url) for url in urls], tell)
+            return await publisher.publish(version, [Target(url) for url in urls])
 
     return asyncio.run(in_time())
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A server that is killed with -9 after so many buckets: how it was started, and its process."""
+
+    options: ServerOptions
+    url: str
+    pid: int
+    bucket: int
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What a pool saw of a publish in whose middle a server died, and of the next, when the server was back."""
+
+    during: Report
+    after: Report
+    version: int  # of the pool, after the first
+    health: dict[str, str]  # then
+    prompts: list[list[int]]
+    responses: list[Generation]  # to what was under way
+    late: list[Generation]  # to the same prompts, of the server that was back alone, with its new weights
+
+
+def publish_while_a_server_dies(
+    launch: Launch, settings: dict[str, Any], survivor: str, victim: Victim, demands: Demands
+) -> Survived | None:
+    """A pool of two servers, one rank sending to each; requests are under way. Returned on rank 0, which has the pool."""
+    _, publisher = open_policy(launch, settings)
+
+    def tell(done: int, total: int) -> None:
+        if launch.rank == 0 and done == victim.bucket < total:
+            os.kill(victim.pid, signal.SIGKILL)
+
+    async def in_time(pool: Pool | None, tell: Any = None) -> Report:
+        async with asyncio.timeout(SECONDS):
+            return await publish_to_pool(publisher, 1, pool, tell)
+
+    async def follow() -> None:
+        await in_time(None, tell)
+        await publish_to_pool(publisher, 1, None)  # when rank 0 comes to it
+
+    async def lead() -> Survived:
+        servers = ServerSettings(urls=(victim.url, survivor), probe_seconds=0.2, piece=4)
+        async with Pool(servers, demands) as pool:
+            await pool.begin()
+            prompts, requests = await _under_way(pool, demands.vocabulary)
+            during = await in_time(pool, tell)
+            version, health = pool.fleet.version, {url: name(worker.health) for url, worker in pool.fleet.workers.items()}
+            responses = list(await asyncio.gather(*requests))
+            with Server.start(victim.options, int(victim.url.rpartition(":")[2])) as again:
+                await again.ready()
+                while not isinstance(pool.fleet.workers[again.url].health, Outdated):
+                    await asyncio.sleep(0.1)
+                after = await in_time(pool)
+                pool.fleet.leave(survivor)
+                late = list(await asyncio.gather(*_requests(pool, prompts)))
+            return Survived(during, after, version, health, prompts, responses, late)
+
+    return asyncio.run(lead()) if launch.rank == 0 else asyncio.run(follow())
+
+
+async def _under_way(pool: Pool, vocabulary: int) -> tuple[list[list[int]], list[asyncio.Task[Generation]]]:
+    """Long requests that both servers of a pool have begun."""
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, vocabulary, PROMPT_LENGTH).tolist() for _ in range(8)]
+    requests = _requests(pool, prompts)
+    while not all(worker.attempts for worker in pool.fleet.workers.values()):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    return prompts, requests
+
+
+def _requests(pool: Pool, prompts: Sequence[Sequence[int]]) -> list[asyncio.Task[Generation]]:
+    sampling = Sampling(max_new_tokens=ENDURING, ignore_end=True)
+    return [asyncio.create_task(pool.generate(prompt, sampling, group=str(i))) for i, prompt in enumerate(prompts)]

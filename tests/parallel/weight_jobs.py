@@ -18,6 +18,7 @@ from megatron_rl.policy.slices import model_slices
 from megatron_rl.policy.state import save_policy
 from megatron_rl.policy.verify_logits import policy_logits, random_tokens
 from megatron_rl.weights.gather import buckets, gather, plan_gather
+from megatron_rl.weights.hf_files import HfFolder
 from megatron_rl.weights.load import load_hf
 from megatron_rl.weights.map import WeightMap
 
@@ -33,10 +34,12 @@ class Started:
     bytes_read: int  # by the kernel
     share: int  # bytes of the boxes that the rank holds, as they are stored
     logits: dict[int, Tensor]
+    given_back: set[str]  # HF tensors that come from the ranks as the checkpoint holds them, bit by bit
+    spoiled: set[str]  # the others
 
 
 def start(launch: Launch, settings: dict[str, Any], stored_bytes: int) -> Started:
-    """Start from a checkpoint, read it once more with the kernel's count, and compute logits of random tokens."""
+    """Start from a checkpoint, read it once more with the kernel's count, compute logits of random tokens, and give it back."""
     policy = Policy.open(Settings(**settings), launch)
     slices = list(model_slices(policy.model, policy.layout))
     before = _read_by_process()
@@ -44,7 +47,19 @@ def start(launch: Launch, settings: dict[str, Any], stored_bytes: int) -> Starte
     read = _read_by_process() - before
     share = sum(piece.tensor.numel() for piece in slices) * stored_bytes
     logits = policy_logits(policy, random_tokens(policy.architecture.vocab))
-    return Started(_differences(policy), counted, read, share, logits)
+    given_back, spoiled = _given_back(policy, launch, Path(settings["policy"]["init"]))
+    return Started(_differences(policy), counted, read, share, logits, given_back, spoiled)
+
+
+def _given_back(policy: Policy, launch: Launch, folder: Path) -> tuple[set[str], set[str]]:
+    """Which HF tensors, dealt to the ranks in turn and put together from all, are and are not those of the checkpoint."""
+    weight_map = WeightMap(policy.architecture)
+    names, ranks = list(weight_map.hf), launch.world_size
+    plan = plan_gather(weight_map, policy.settings.layout, ranks, [{rank: names[rank::ranks] for rank in range(ranks)}])
+    (tensors,) = gather(plan, model_slices(policy.model, policy.layout), weight_map, torch.float32, torch.device("cpu"))
+    with HfFolder(folder) as files:
+        equal = {name for name, tensor in tensors.items() if torch.equal(tensor, files.read(name))}
+    return equal, tensors.keys() - equal
 
 
 def _read_by_process() -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.weights.publish.errors import PublishError
 from megatron_rl.weights.publish.ports import Backend, Server
 from megatron_rl.weights.publish.waiting import in_thread, together
 
@@ -24,8 +25,9 @@ from megatron_rl.weights.publish.waiting import in_thread, together
 class UpdateGroup:
     """The sender's end. `broadcast` sends, `close` leaves, whatever state the other end is in."""
 
-    def __init__(self, name: str, group: Any, device: torch.device) -> None:
+    def __init__(self, name: str, url: str, group: Any, device: torch.device) -> None:
         self.name = name
+        self.url = url  # of the server at the other end
         self.device = device
         self._group = group
 
@@ -45,11 +47,14 @@ class UpdateGroup:
             in_thread(device, make, prefixed, size, timeout),
             asyncio.wait_for(server.join_group(name, address, port, 1, size, backend), seconds),
         )
-        return cls(name, group, device)
+        return cls(name, server.url, group, device)
 
     async def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Send tensors, one after another, all at once under way."""
-        await in_thread(self.device, self._send, list(tensors))
+        try:
+            await in_thread(self.device, self._send, list(tensors))
+        except RuntimeError as error:  # torch's, which says nothing of whose connection it was
+            raise PublishError(f"{self.url}: the broadcast of weights to it broke off: {error}") from error
 
     def close(self) -> None:
         """Leave. A server that still waits for something from us is told so by the broken connection."""

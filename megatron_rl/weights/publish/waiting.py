@@ -46,7 +46,7 @@ async def together(*waited: Awaitable[Any]) -> list[Any]:
         raise
     if pending:
         _give_up(tasks)
-    failures = [error for task in done if (error := task.exception())]
+    failures = [error for task in tasks if task in done and (error := task.exception())]
     if failures:
         raise failures[0]
     return [task.result() for task in tasks]

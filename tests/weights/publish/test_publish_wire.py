@@ -29,7 +29,11 @@ def stored(folder: Path) -> StoredWeights:
 def everything(weights: StoredWeights, wire: Wire) -> dict[str, Tensor]:
     plan = plan_stream(units(weights.weight_map, weights.dtype), 300_000, [0])
     assert len(plan.rounds) > 3
-    return {name: tensor for tensors in weights.rounds(plan.rounds) for name, tensor in wire.parcel(tensors)}
+    parcels = [wire.parcel(tensors) for tensors in weights.rounds(plan.rounds)]
+    for parcel in parcels:  # each tensor of a flattened bucket begins at a multiple of its own width
+        widths = [tensor.dtype.itemsize for _, tensor in parcel]
+        assert widths == sorted(widths, reverse=True)
+    return {name: tensor for parcel in parcels for name, tensor in parcel}
 
 
 def test_weights_travel_as_they_are_or_in_the_format_asked_for(tmp_path: Path) -> None:
