@@ -125,6 +125,7 @@ UNWISE: dict[str, tuple[str, str | None]] = {
     "the engine's log-probs in bfloat16": (OLD_OF_THE_ENGINE, None),
     "recomputed in FP8": (SIMULATED, None),
     "drawn from a part": ("sampling.top_p=0.9 sampling.top_k=50", r"sampling.top_p = 0.9 and sampling.top_k = 50: .*Ratios"),
+    "ends ruled out": ("sampling.min_new_tokens=5", r"sampling.min_new_tokens = 5: .*reward the length instead"),
     "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
 }
 

@@ -1,7 +1,7 @@
 """Small help for tests that talk to a server."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,10 +38,13 @@ async def flush(client: Client) -> None:
     await client.flush_cache()
 
 
-def reference_log_probs(model: Path, tokens: list[int], temperature: float = 1.0) -> NDArray[np.float32]:
-    """[tokens] log-probs by transformers; 0 for the first token."""
+def reference_log_probs(
+    model: Path, tokens: list[int], temperature: float = 1.0, masked: Sequence[int] = ()
+) -> NDArray[np.float32]:
+    """[tokens] log-probs by transformers; 0 for the first token. Those that are masked cannot be drawn."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = loaded(torch.tensor([tokens])).logits[0, :-1]  # [tokens - 1, vocab]
+    logits[:, list(masked)] = -torch.inf
     chosen = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     return np.concatenate([[np.float32(0)], chosen.numpy()])

@@ -32,7 +32,7 @@ def test_log_probs_are_those_of_the_sampling_temperature(tiny_server: TinyServer
 
 
 def test_a_score_is_that_of_transformers(tiny_server: TinyServer) -> None:
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist()
+    tokens = [*np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist(), 0, VOCABULARY - 1, VOCABULARY - 2]
     scored = talk(tiny_server, lambda client: client.score(tokens))
     np.testing.assert_allclose(scored, reference_log_probs(tiny_server.model, tokens), atol=CLOSE)
 
@@ -60,6 +60,20 @@ def test_stop_tokens_end_a_response_and_stay_in_it(tiny_server: TinyServer) -> N
     end = greedy.tokens.tolist().index(int(stopped.tokens[-1])) + 1
     assert stopped.finish == "stop"
     assert stopped.tokens.tolist() == greedy.tokens.tolist()[:end]
+
+
+def test_ends_that_are_ruled_out_change_the_log_probs(tiny_server: TinyServer) -> None:
+    """SGLang masks stop tokens until `min_new_tokens`, and reports log-probs of what is left: hence the settings' warning."""
+    ends = list(range(0, VOCABULARY, 2))
+    sampling = Sampling(20, min_new_tokens=12, stop_tokens=tuple(ends))
+    response = talk(tiny_server, lambda client: client.generate(PROMPT, sampling))
+    tokens = [*PROMPT, *response.tokens.tolist()]
+    assert len(response.tokens) >= 12 and all(response.tokens[:12] % 2 == 1)
+    whole = reference_log_probs(tiny_server.model, tokens)[len(PROMPT) :]
+    left = reference_log_probs(tiny_server.model, tokens, masked=ends)[len(PROMPT) :]
+    np.testing.assert_allclose(response.log_probs[:12], left[:12], atol=CLOSE)
+    np.testing.assert_allclose(response.log_probs[12:], whole[12:], atol=CLOSE)
+    assert (np.abs(left - whole)[:12] > 100 * CLOSE).all()
 
 
 def test_an_aborted_response_keeps_what_it_has(tiny_server: TinyServer) -> None:
