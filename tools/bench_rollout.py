@@ -1,6 +1,6 @@
 """Our sampling against a bare client that floods the same server with the same requests, in one run.
 
-    python tools/bench_rollout.py [--samples 256] [--rounds 6]     needs no GPU: starts a tiny model on the CPU
+    python tools/bench_rollout.py [--samples 160] [--rounds 5]     needs no GPU: starts a tiny model on the CPU
     python tools/bench_rollout.py --url http://node7:30000 --vocabulary 151936
 
 Printed: tokens per second of ours as a share of the bare client's (a round of each, in turns first and second; a round before
@@ -30,8 +30,7 @@ from megatron_rl.rollout.server import ServerOptions, start_servers
 from megatron_rl.rollout.suitability import Demands
 from tests.reference.tiny_checkpoint import SERVED, write_served_model
 
-PROMPT_TOKENS = 64
-WAVES, SHORT = 4, 8  # of the memory test: how many, and new tokens of its samples
+WAVES, SHORT = 3, 8  # of the memory test: how many, and tokens of its prompts and of its responses
 MANY = 1e9  # no bound by tokens: samples wait in the server, not in our queue
 
 
@@ -48,9 +47,9 @@ class Round:
         return self.tokens / self.seconds
 
 
-def prompts(count: int, vocabulary: int) -> list[list[int]]:
+def prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
-    return [generator.integers(3, vocabulary, size=PROMPT_TOKENS).tolist() for _ in range(count)]
+    return [generator.integers(3, vocabulary, size=length).tolist() for _ in range(count)]
 
 
 async def bare(url: str, asked: list[list[int]], tokens: int) -> int:
@@ -87,7 +86,7 @@ async def timed(url: str, work: Awaitable[int]) -> Round:
 
 
 async def compare(arguments: argparse.Namespace, url: str) -> None:
-    asked = prompts(arguments.samples, arguments.vocabulary)
+    asked = prompts(arguments.samples, arguments.vocabulary, arguments.prompt)
     settings = ServerSettings(urls=(url,), max_in_flight=arguments.in_flight)
     rounds: dict[str, list[Round]] = {"bare": [], "ours": []}
     async with Pool(settings, Demands(arguments.family, arguments.vocabulary)) as pool:
@@ -110,7 +109,7 @@ async def compare(arguments: argparse.Namespace, url: str) -> None:
 async def waves(arguments: argparse.Namespace, url: str) -> None:
     """Thousands of streams open at once, again and again."""
     settings = ServerSettings(urls=(url,), max_in_flight=arguments.many, over_commit=MANY)
-    asked = prompts(arguments.many, arguments.vocabulary)
+    asked = prompts(arguments.many, arguments.vocabulary, SHORT)
     async with Pool(settings, Demands(arguments.family, arguments.vocabulary)) as pool:
         await pool.begin()
         (worker,) = pool.fleet.workers.values()
@@ -140,9 +139,10 @@ def main() -> None:
     parser.add_argument("--url", help="a running server; default: one is started")
     parser.add_argument("--family", default="qwen3_moe", help="model_type of the server's model")
     parser.add_argument("--vocabulary", type=int, default=SERVED["vocab_size"], help="tokens of its model")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--in-flight", type=int, default=None, help="servers.max_in_flight")
     parser.add_argument("--many", type=int, default=2000, help="samples at once in the memory test")
     arguments = parser.parse_args()
