@@ -60,7 +60,7 @@ def train(
         world_size = settings.layout.world_size or 1
         if world_size > 1 and not ranks_module.launched():
             _start_ranks(settings, world_size)
-        _require_objective(settings)
+        _require_buildable(settings)
         tell_warnings(warnings(settings, read_architecture(settings.policy.config), world_size))
         quiet_upstream()
         from megatron_rl.train import toy
@@ -68,8 +68,15 @@ def train(
         toy.main(settings, resume=resume)
 
 
-def _require_objective(settings: Settings) -> None:
-    """Raise a SettingsError for an objective that cannot be. The default can be: looking at it would only load torch."""
+def _require_buildable(settings: Settings) -> None:
+    """Raise a SettingsError for rewards or an objective that cannot be.
+
+    The default objective can be: looking at it would only load torch.
+    """
+    if settings.rewards:
+        from megatron_rl.rewards import registry
+
+        registry.build(settings.rewards)
     if settings.objective != ObjectiveSettings():
         from megatron_rl.train import objective
 
@@ -84,7 +91,7 @@ def _start_ranks(settings: Settings, world_size: int) -> None:
             "Launch the ranks with torchrun or SLURM, or look with --dry-run."
         )
     require_valid(settings, read_architecture(settings.policy.config), world_size)  # before torch is loaded so many times
-    _require_objective(settings)
+    _require_buildable(settings)
     raise typer.Exit(ranks_module.start_local_ranks(world_size, sys.argv[1:]))
 
 
@@ -94,7 +101,7 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     architecture = read_architecture(settings.policy.config)
     world_size = settings.layout.world_size or smallest_world_size(settings.layout)
     require_valid(settings, architecture, world_size)
-    _require_objective(settings)
+    _require_buildable(settings)
     tell_warnings(warnings(settings, architecture, world_size))
     if settings.layout.world_size is None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")

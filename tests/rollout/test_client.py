@@ -186,8 +186,17 @@ def test_what_would_kill_a_server_does_not(tiny_server: TinyServer) -> None:
         with pytest.raises(ValueError, match="not joined"):
             await client.update_from_distributed(["a"], ["float32"], [[1]], "nobody", version=1)
 
-        running = asyncio.create_task(client.generate(PROMPT, LONG))
-        await asyncio.sleep(0.3)
+        begun = asyncio.Event()
+
+        async def generate() -> Generation:
+            pieces = []
+            async for piece in client.stream(PROMPT, LONG):
+                pieces.append(piece)
+                begun.set()
+            return gather(pieces)
+
+        running = asyncio.create_task(generate())
+        await begun.wait()
         with pytest.raises(Refused, match="Flush"):
             await client.flush_cache()
         await client.pause("retract")
@@ -231,15 +240,15 @@ def test_nobody_there(tiny_server: TinyServer) -> None:
 
 def test_silence_is_timed_but_a_pause_is_not_silence(tiny_server: TinyServer) -> None:
     async def wait(client: Client) -> None:
-        async with Client(client.url, VOCABULARY, patience=Patience(silence=0.5)) as hasty:
+        async with Client(client.url, VOCABULARY, patience=Patience(silence=1.5)) as hasty:
             await client.pause("in_place")
-            with pytest.raises(TimedOut, match=r"silent for 0\.5 s"):
+            with pytest.raises(TimedOut, match=r"silent for 1\.5 s"):
                 await hasty.generate(PROMPT, Sampling(3))
             await client.resume()
 
             await hasty.pause("in_place")
             waiting = asyncio.create_task(hasty.generate(PROMPT, Sampling(3, ignore_end=True)))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             assert not waiting.done()
             await hasty.resume()
             assert len((await waiting).tokens) == 3
