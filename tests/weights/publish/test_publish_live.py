@@ -15,14 +15,14 @@ from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.server import Server, ServerOptions, start_servers
-from megatron_rl.rollout.suitability import Demands
+from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
 from megatron_rl.train.publishing import publish_to_pool
 from megatron_rl.weights.publish.files import MEMORY, PREFIX
 from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from tests.parallel.cluster import Cluster
-from tests.reference.tiny_checkpoint import write_tiny_checkpoint
+from tests.reference.tiny_checkpoint import write_served_checkpoint
 from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 from tests.weights.publish.live import (
     AT_ONCE,
@@ -31,6 +31,7 @@ from tests.weights.publish.live import (
     PROMPT_LENGTH,
     Load,
     Response,
+    connect,
     log_probs,
     run,
     serves,
@@ -55,8 +56,8 @@ class More:
 def more(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[More]:
     folder = tmp_path_factory.mktemp("dense")
     models = (
-        write_tiny_checkpoint(folder / "model", "qwen3", seed=2, num_hidden_layers=2),
-        write_tiny_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
+        write_served_checkpoint(folder / "model", "qwen3", seed=2, num_hidden_layers=2),
+        write_served_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
     )
     plain = server_options(tiny_models[0], folder / "twin.log")
     arguments = {"max_total_tokens": 16384, "weight_version": "0", "disable_radix_cache": True}
@@ -128,6 +129,17 @@ def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
         check_survivors(load.finished, mode, old, version, new)
         run(serves(url, new, version))
         old, new = new, old
+
+
+def test_a_server_that_returns_no_routing_is_refused_where_replay_asks_for_it(more: More) -> None:
+    async def meet() -> None:
+        async with connect(more.dense.url) as client:
+            with pytest.raises(
+                UnsuitableServer, match="does not return routing.* start it with --enable-return-routed-experts"
+            ):
+                await inspect(client, Demands("qwen3", VOCABULARY, SHAPE))
+
+    run(meet())
 
 
 def test_a_pool_of_servers_goes_on_with_every_response(tiny_server: TinyServer) -> None:
