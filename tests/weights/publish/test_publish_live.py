@@ -135,7 +135,7 @@ def test_a_server_that_returns_no_routing_is_refused_where_replay_asks_for_it(mo
     async def meet() -> None:
         async with connect(more.dense.url) as client:
             with pytest.raises(
-                UnsuitableServer, match="does not return routing.* start it with --enable-return-routed-experts"
+                UnsuitableServer, match=r"does not return routing.* start it with --enable-return-routed-experts"
             ):
                 await inspect(client, Demands("qwen3", VOCABULARY, SHAPE))
 
