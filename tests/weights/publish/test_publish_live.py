@@ -23,6 +23,7 @@ from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from tests.parallel.cluster import Cluster
 from tests.reference.tiny_checkpoint import write_served_checkpoint
+from tests.rollout.talk import Watch
 from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 from tests.weights.publish.live import (
     AT_ONCE,
@@ -152,10 +153,10 @@ def test_a_pool_of_servers_goes_on_with_every_response(tiny_server: TinyServer) 
             generator = np.random.default_rng(0)
             prompts = [generator.integers(0, VOCABULARY, PROMPT_LENGTH).tolist() for _ in range(8)]
             sampling = Sampling(max_new_tokens=LONG, ignore_end=True)
+            (worker,) = pool.fleet.workers.values()
+            seen = Watch(worker)
             requests = [asyncio.create_task(pool.generate(prompt, sampling, group=str(i))) for i, prompt in enumerate(prompts)]
-            while not any(worker.attempts for worker in pool.fleet.workers.values()):
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.3)
+            await seen.until(len(requests), 4)
             report = await publish_to_pool(publisher, 1, pool)
             assert report.serving == (tiny_server.server.url,) and pool.fleet.version == 1
             for prompt, response in zip(prompts, await asyncio.gather(*requests), strict=True):
