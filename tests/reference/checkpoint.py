@@ -29,9 +29,9 @@ def write_tiny_checkpoint(
     config = {**TINY[family], **changes}
     if config["model_type"] == "kimi_k2":  # the authors' code, which is DeepSeek-V3's, is not part of transformers
         config["model_type"] = "deepseek_v3"
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(dtype)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(dtype)
+    with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dim() == 1 and "inv_freq" not in name:  # norms and biases start as constants, which tell nothing
                 tensor.add_(torch.randn_like(tensor) * 0.1)
