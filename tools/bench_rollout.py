@@ -152,7 +152,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = write_served_model(Path(folder) / "model")
-        options = ServerOptions(model, Path(folder) / "server.log", {"max_running_requests": 2048}, device="cpu")
+        options = ServerOptions(
+            model, Path(folder) / "server.log", {"max_running_requests": 2048, "max_total_tokens": 65536}, device="cpu"
+        )
         (server,) = asyncio.run(start_servers([options]))
         with server:
             asyncio.run(measure(arguments, server.url))

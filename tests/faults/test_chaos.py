@@ -116,12 +116,12 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
             kept = Kept(bank, saved_tokenizer(), texts=False)
             sampler = Collector(Prompts(), Grouped(SIZE), floor, kept, Plan(GROUPS))
             for step, how in enumerate(STRIKES):
+                sampler.updated(step)
                 collecting = asyncio.create_task(sampler.collect(step))
                 moment = dice.randrange(GROUPS // 2)
                 await until(lambda step=step, moment=moment: len(bank.waiting(step)) >= moment)  # type: ignore[misc]
                 await strike(how, pool, proxy, own)
                 assert len((await collecting).keys) == GROUPS
-                sampler.updated(step + 1)
             assert bank.waiting() == bank.carried() == []
         assert all(worker.desk.requests == 0 and not worker.attempts for worker in pool.fleet.workers.values())
         return own.restarts
