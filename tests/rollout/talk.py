@@ -48,7 +48,7 @@ class Watch:
     def __init__(self, worker: Worker) -> None:
         self.tokens: Counter[str] = Counter()  # by request
         self._stream = worker.client.stream
-        worker.client.stream = self._counted  # type: ignore[method-assign]
+        worker.client.stream = self._counted  # type: ignore[method-assign, assignment]
 
     async def _counted(self, *given: Any, request: str, **more: Any) -> AsyncGenerator[Piece]:
         async with aclosing(self._stream(*given, request=request, **more)) as pieces:
