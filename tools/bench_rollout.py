@@ -1,18 +1,22 @@
 """Our sampling against a bare client that floods the same server with the same requests, in one run.
 
-    python tools/bench_rollout.py [--samples 64] [--rounds 3]      needs no GPU: starts a tiny model on the CPU
+    python tools/bench_rollout.py [--samples 128] [--rounds 8]     needs no GPU: starts a tiny model on the CPU
     python tools/bench_rollout.py --url http://node7:30000 --vocabulary 151936
 
-Printed: tokens per second of ours as a share of the bare client's (rounds alternate; the best of each counts), seconds of
-CPU of our process per 1,000 samples, and its peak memory after each thousand samples in flight at once (it should not grow).
+Printed: tokens per second of ours as a share of the bare client's (a round of each, in turns first and second; a round before
+the first warms the server up), seconds of CPU of the process per 1,000 samples of either, and the peak memory of waves of
+thousands of samples that the server has all at once (it should not grow from wave to wave).
 """
 
 import argparse
 import asyncio
 import json
-import resource
+import os
 import tempfile
 import time
+from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +30,26 @@ from megatron_rl.rollout.server import ServerOptions, start_servers
 from megatron_rl.rollout.suitability import Demands
 from tests.reference.tiny_checkpoint import SERVED, write_served_model
 
-PROMPT_TOKENS = 64
+WAVES, SHORT = 3, 8  # of the memory test: how many, and tokens of its prompts and of its responses
+MANY = 1e9  # no bound by tokens: samples wait in the server, not in our queue
 
 
-def prompts(count: int, vocabulary: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Round:
+    """What one client did in a round."""
+
+    tokens: int
+    seconds: float
+    cpu: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
-    return [generator.integers(3, vocabulary, size=PROMPT_TOKENS).tolist() for _ in range(count)]
+    return [generator.integers(3, vocabulary, size=length).tolist() for _ in range(count)]
 
 
 async def bare(url: str, asked: list[list[int]], tokens: int) -> int:
@@ -58,36 +76,62 @@ async def ours(pool: Pool, asked: list[list[int]], tokens: int) -> int:
     return sum(len(response.tokens) for response in await asyncio.gather(*wanted))
 
 
-async def flush(url: str) -> None:
+async def timed(url: str, work: Awaitable[int]) -> Round:
+    """On a server with an empty prefix cache."""
     async with httpx.AsyncClient(base_url=url) as client:
         await client.post("/flush_cache")
+    began, cpu = time.perf_counter(), time.process_time()
+    tokens = await work
+    return Round(tokens, time.perf_counter() - began, time.process_time() - cpu)
+
+
+async def compare(arguments: argparse.Namespace, url: str) -> None:
+    asked = prompts(arguments.samples, arguments.vocabulary, arguments.prompt)
+    settings = ServerSettings(urls=(url,), max_in_flight=arguments.in_flight)
+    rounds: dict[str, list[Round]] = {"bare": [], "ours": []}
+    async with Pool(settings, Demands(arguments.family, arguments.vocabulary)) as pool:
+        await pool.begin()
+        for number in range(arguments.rounds + 1):
+            for name in ("bare", "ours") if number % 2 else ("ours", "bare"):
+                work = bare(url, asked, arguments.tokens) if name == "bare" else ours(pool, asked, arguments.tokens)
+                done = await timed(url, work)
+                if number > 0:
+                    rounds[name].append(done)
+    for name, each in rounds.items():
+        cpu = 1000 * sum(done.cpu for done in each) / (len(each) * arguments.samples)
+        rates = ", ".join(f"{done.rate:.0f}" for done in each)
+        print(f"{name}: {rates} tokens/s by round, {cpu:.2f} s of CPU per 1,000 samples")
+    whole = sum(done.seconds for done in rounds["bare"]) / sum(done.seconds for done in rounds["ours"])
+    best = max(done.rate for done in rounds["ours"]) / max(done.rate for done in rounds["bare"])
+    print(f"ours / bare: {whole:.3f} over all rounds, {best:.3f} by the best round of each")
+
+
+async def waves(arguments: argparse.Namespace, url: str) -> None:
+    """Thousands of streams open at once, again and again."""
+    settings = ServerSettings(urls=(url,), max_in_flight=arguments.many, over_commit=MANY)
+    asked = prompts(arguments.many, arguments.vocabulary, SHORT)
+    async with Pool(settings, Demands(arguments.family, arguments.vocabulary)) as pool:
+        await pool.begin()
+        (worker,) = pool.fleet.workers.values()
+        for wave in range(WAVES):
+            work = asyncio.create_task(ours(pool, asked, SHORT))
+            memory = streams = 0
+            while not work.done():
+                memory, streams = max(memory, resident()), max(streams, len(worker.attempts))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(work), 0.05)
+            print(f"wave {wave + 1}: {streams:,} samples in flight at once, at most {memory / 2**20:.0f} MiB of memory")
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
 
 
 async def measure(arguments: argparse.Namespace, url: str) -> None:
-    asked = prompts(arguments.samples, arguments.vocabulary)
-    settings = ServerSettings(urls=(url,), max_in_flight=arguments.in_flight)
-    rates: dict[str, list[float]] = {"bare": [], "ours": []}
-    async with Pool(settings, Demands(arguments.family, arguments.vocabulary)) as pool:
-        await pool.begin()
-        await ours(pool, asked[:8], 8)
-        spent = 0.0
-        for _ in range(arguments.rounds):
-            for name in rates:
-                await flush(url)
-                began, cpu = time.perf_counter(), time.process_time()
-                count = await (bare(url, asked, arguments.tokens) if name == "bare" else ours(pool, asked, arguments.tokens))
-                rates[name].append(count / (time.perf_counter() - began))
-                spent += (time.process_time() - cpu) if name == "ours" else 0.0
-        share = max(rates["ours"]) / max(rates["bare"])
-        print(
-            "tokens/s by round: " + "; ".join(f"{name} {', '.join(f'{r:.0f}' for r in each)}" for name, each in rates.items())
-        )
-        print(f"ours / bare: {share:.3f} (best of {arguments.rounds} alternating rounds)")
-        print(f"CPU of our process: {1000 * spent / (arguments.rounds * arguments.samples):.2f} s per 1,000 samples")
-        for thousand in range(arguments.many // 1000):
-            await ours(pool, prompts(1000, arguments.vocabulary), 2)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"after {thousand + 1},000 samples in flight at once: peak memory {peak:.0f} MB")
+    await compare(arguments, url)
+    await waves(arguments, url)
 
 
 def main() -> None:
@@ -95,18 +139,21 @@ def main() -> None:
     parser.add_argument("--url", help="a running server; default: one is started")
     parser.add_argument("--family", default="qwen3_moe", help="model_type of the server's model")
     parser.add_argument("--vocabulary", type=int, default=SERVED["vocab_size"], help="tokens of its model")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--in-flight", type=int, default=None, help="servers.max_in_flight")
-    parser.add_argument("--many", type=int, default=2000, help="samples of the memory test")
+    parser.add_argument("--many", type=int, default=2000, help="samples at once in the memory test")
     arguments = parser.parse_args()
     if arguments.url:
         asyncio.run(measure(arguments, arguments.url))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = write_served_model(Path(folder) / "model")
-        options = ServerOptions(model, Path(folder) / "server.log", {"weight_version": "0"}, device="cpu")
+        roomy = {"max_running_requests": 2048, "max_total_tokens": 65536}
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)  # a core is left to the client
+        options = ServerOptions(model, Path(folder) / "server.log", roomy, device="cpu", threads=threads)
         (server,) = asyncio.run(start_servers([options]))
         with server:
             asyncio.run(measure(arguments, server.url))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from megatron_rl.cli.screen import make_console, told_to_the_user
-from megatron_rl.config.checks import require_valid
+from megatron_rl.cli.screen import make_console, tell_warnings, told_to_the_user
+from megatron_rl.config.architecture import Architecture
+from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
@@ -41,11 +42,13 @@ def rollout(
     with told_to_the_user():
         settings = load_settings(config, overrides or [])
         architecture = read_architecture(settings.policy.config)
-        require_valid(settings, architecture, settings.layout.world_size or smallest_world_size(settings.layout))
-        asyncio.run(_fill(settings, steps, make_console()))
+        world_size = settings.layout.world_size or smallest_world_size(settings.layout)
+        require_valid(settings, architecture, world_size)
+        tell_warnings(warnings(settings, architecture, world_size))
+        asyncio.run(_fill(settings, architecture, steps, make_console()))
 
 
-async def _fill(settings: Settings, steps: int, console: Console) -> None:
+async def _fill(settings: Settings, architecture: Architecture, steps: int, console: Console) -> None:
     from megatron_rl.rollout.only import fill
     from megatron_rl.rollout.session import Session
 
@@ -53,10 +56,10 @@ async def _fill(settings: Settings, steps: int, console: Console) -> None:
         servers = ", ".join(session.pool.fleet.workers)
         console.print(f"{len(session.prompts):,} prompts; servers {servers}; step {step} of {steps} comes next")
 
-    if settings.servers.count != 0 and not settings.servers.urls and settings.servers.urls_file is None:
+    def starting() -> None:
         console.print("starting servers: half a minute on a small machine, minutes for a large model")
-    architecture = read_architecture(settings.policy.config)
-    async for filled in fill(settings, architecture, steps, opened):
+
+    async for filled in fill(settings, architecture, steps, opened, starting):
         console.print(_line(filled))
     console.print(f"the bank is {settings.bank_directory}: megatron-rl bank show {settings.bank_directory}")
 

@@ -70,8 +70,8 @@ def train(
             return
         if resume is None:
             require_fresh(settings)
-        start_ranks(settings, _require_objective)
-        _require_objective(settings)
+        start_ranks(settings, _require_buildable)
+        _require_buildable(settings)
         tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1))
         quiet_upstream()
         from megatron_rl.train.run import train as run
@@ -100,8 +100,15 @@ def _settings(config: Path | None, overrides: list[str], resume: Path | None) ->
     return load_settings(config, overrides)
 
 
-def _require_objective(settings: Settings) -> None:
-    """Raise a SettingsError for an objective that cannot be. The default can be: looking at it would only load torch."""
+def _require_buildable(settings: Settings) -> None:
+    """Raise a SettingsError for rewards or an objective that cannot be.
+
+    The default objective can be: looking at it would only load torch.
+    """
+    if settings.rewards:
+        from megatron_rl.rewards import registry
+
+        registry.build(settings.rewards)
     if settings.objective != ObjectiveSettings():
         from megatron_rl.train import objective
 
@@ -114,7 +121,7 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     architecture = read_architecture(settings.policy.config)
     world_size = settings.layout.world_size or smallest_world_size(settings.layout)
     require_valid(settings, architecture, world_size)
-    _require_objective(settings)
+    _require_buildable(settings)
     tell_warnings(warnings(settings, architecture, world_size))
     if settings.layout.world_size is None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")

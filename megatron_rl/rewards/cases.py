@@ -73,7 +73,7 @@ def same(printed: str, expected: str, how: Comparison, tolerance: float) -> bool
     if how == "tokens":
         left, right = printed.split(), expected.split()
     else:
-        left, right = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (printed, expected))
+        left, right = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (printed, expected))
     if len(left) != len(right):
         return False
     return all(a == b or (tolerance > 0 and _close(a, b, tolerance)) for a, b in zip_longest(left, right))

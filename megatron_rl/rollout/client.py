@@ -152,7 +152,7 @@ class Client:
         }
         reply = await self._connection.call("/generate", body, self.patience.silence)
         with self._connection.trusting("/generate"):
-            return replies.read_score(reply, given)
+            return replies.read_score(reply, given, self.vocabulary)
 
     async def abort(self, request: str) -> None:
         """End a request; its stream finishes with what there is. One that has ended, or never was, is passed over."""

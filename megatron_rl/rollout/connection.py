@@ -12,7 +12,7 @@ import httpx
 from megatron_rl.rollout.errors import BadReply, Refused, TimedOut, Unreachable
 from megatron_rl.rollout.replies import Untrusted
 
-DATA, DONE = "data:", "[DONE]"  # of server-sent events
+DATA, DONE = b"data:", b"[DONE]"  # of server-sent events
 SHOWN = 200  # characters of a reply that an error shows
 
 
@@ -77,13 +77,13 @@ class Connection:
                     async with self._listening():
                         await response.aread()
                     self._refuse(endpoint, response)
-                lines = response.aiter_lines()
+                lines = split_lines(response.aiter_bytes())
                 while True:
                     async with self._listening():
                         line = await anext(lines, None)
                     if line is None:
                         raise BadReply(self.url, endpoint, "the stream was cut short")
-                    if line:
+                    if line.strip():
                         event = self._event(endpoint, line)
                         if event is None:
                             return
@@ -132,7 +132,7 @@ class Connection:
     def _deadline(self) -> float | None:
         return None if self._held else asyncio.get_running_loop().time() + self.patience.silence
 
-    def _event(self, endpoint: str, line: str) -> Mapping[str, Any] | None:
+    def _event(self, endpoint: str, line: bytes) -> Mapping[str, Any] | None:
         """The event of a line; None for the end mark. An event may be the server's refusal."""
         if not line.startswith(DATA):
             raise BadReply(self.url, endpoint, f"the stream has a line that is no event: {line[:SHOWN]!r}")
@@ -144,13 +144,13 @@ class Connection:
             error = event["error"] if isinstance(event["error"], dict) else {}
             code = error.get("code")
             status = code if isinstance(code, int) else httpx.codes.INTERNAL_SERVER_ERROR
-            raise Refused(self.url, endpoint, str(error.get("message", text[:SHOWN])), status)
+            raise Refused(self.url, endpoint, str(error.get("message", event["error"]))[:SHOWN], status)
         return event
 
     def _object(self, endpoint: str, response: httpx.Response) -> Mapping[str, Any]:
-        return self._json(endpoint, response.text)
+        return self._json(endpoint, response.content)
 
-    def _json(self, endpoint: str, text: str) -> Mapping[str, Any]:
+    def _json(self, endpoint: str, text: bytes) -> Mapping[str, Any]:
         try:
             value = json.loads(text)
         except ValueError as error:
@@ -186,3 +186,15 @@ class Connection:
             raise BadReply(self.url, endpoint, f"cannot be decoded: {error}") from error
         except httpx.TransportError as error:
             raise Unreachable(self.url, endpoint, str(error) or type(error).__name__) from error
+
+
+async def split_lines(stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """Lines of a stream, which end with a line feed alone: what a model says may hold every other character that ends lines."""
+    parts: list[bytes] = []
+    async for chunk in stream:
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for other in others:
+            yield b"".join(parts)
+            parts = [other]
+    yield b"".join(parts)

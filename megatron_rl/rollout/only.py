@@ -57,9 +57,16 @@ def write_state(directory: Path, step: int, position: Position) -> None:
 
 
 async def fill(
-    settings: Settings, model: Architecture, steps: int, opened: Callable[[Session, int], None]
+    settings: Settings,
+    model: Architecture,
+    steps: int,
+    opened: Callable[[Session, int], None],
+    starting: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Filled]:
-    """Sample until the bank holds so many steps; `opened` is told when everything works, and which step comes first."""
+    """Sample until the bank holds so many steps.
+
+    `starting` is told when own servers are about to be started, `opened` when everything works, and which step comes first.
+    """
     settings.run.directory.mkdir(parents=True, exist_ok=True)
     step, position = read_state(settings.run.directory)
     if step >= steps:
@@ -69,7 +76,9 @@ async def fill(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     version = await weights_of(settings.servers.urls, model, key)
-    async with open_session(settings, model, servers, api_key=key, version=version, step=step, position=position) as session:
+    async with open_session(
+        settings, model, servers, api_key=key, version=version, step=step, position=position, starting=starting
+    ) as session:
         opened(session, step)
         for current in range(step, steps):
             began = time.monotonic()

@@ -192,12 +192,19 @@ def decode_routing(encoded: str, positions: int, shape: RoutingShape) -> Routing
     return small.reshape(positions, shape.layers, shape.chosen)
 
 
-def read_score(reply: Mapping[str, Any], tokens: Sequence[int]) -> NDArray[np.float32]:
-    """[tokens] log-probs of given tokens; the first, which nothing stands before, has 0."""
+def read_score(reply: Mapping[str, Any], tokens: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
+    """[tokens] log-probs of given tokens; the first, which nothing stands before, has 0.
+
+    SGLang 0.5.17 names the last token of the vocabulary 0 in what it says of given tokens; its log-prob is right.
+    """
     entries = member(member(reply, "meta_info", dict), "input_token_logprobs", list)
     if len(entries) != len(tokens):
         raise Untrusted(f"it scored {len(entries)} tokens of {len(tokens)}")
-    values = [_log_prob(entry, token) for entry, token in zip(entries[1:], tokens[1:], strict=True)]
+    last = vocabulary - 1
+    values = [
+        _log_prob(entry, 0 if token == last and _names(entry, 0) else token)
+        for entry, token in zip(entries[1:], tokens[1:], strict=True)
+    ]
     return np.array([0.0, *values], dtype=np.float32)
 
 
@@ -269,9 +276,13 @@ def _finish(told: Mapping[str, Any]) -> Finish | None:
     raise Untrusted(f"finish_reason is {json.dumps(reason)[:100]}")
 
 
+def _names(entry: Any, token: int) -> bool:
+    return isinstance(entry, list) and len(entry) >= 2 and entry[1] == token
+
+
 def _log_prob(entry: Any, token: int) -> float:
     """The first of [log-prob, token, text], which must be about this token."""
-    if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
+    if not _names(entry, token):
         raise Untrusted(f"the log-prob of token {token} is {json.dumps(entry)[:100]}")
     value = entry[0]
     if not isinstance(value, int | float) or not math.isfinite(value) or value > ROUNDING:

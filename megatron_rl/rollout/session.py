@@ -3,7 +3,7 @@
 Everything that can be wrong is said while it opens, the cheap checks first: data and rewards before a server is started.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -94,23 +94,27 @@ async def open_session(
     step: int = 0,
     position: Position = BEGINNING,
     last: int | None = None,
+    starting: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Session]:
     """Open everything; leaving ends the servers that are ours.
 
     `version` is that of the weights which servers shall have; `step` and `position` are where a resumed run goes on, and
-    `last` is the step it ends with.
+    `last` is the step it ends with. `starting` is told when all but the servers is well, and those of our own are about to be
+    started.
     """
+    components = registry.build(settings.rewards)
     tokenizer = open_tokenizer(settings, vocab=model.vocab)
     prompts = open_prompts(settings, tokenizer)
     chat = Chat(tokenizer, settings.data.chat_template_kwargs)
     strategy = make_strategy(settings.sampling, chat)
     limits = make_limits(settings)
-    components = registry.build(settings.rewards)
     require_columns(components, prompts)
     demands = Demands.of(model, longest=limits.total)
     pool = Pool(settings.servers, demands, api_key=api_key, version=version, decode=tokenizer.decode)
     with Bank(settings.bank_directory, settings.bank, tokenizer=tokenizer.path) as bank:
         async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:
+            if own_servers:
+                starting()
             await pool.begin(own_servers)
             floor = Floor(pool, Grader(rewards), make_sampling(settings), limits)
             collector = Collector(

@@ -40,6 +40,7 @@ class Trajectory:
             turn += 1
         trajectory = cls(sample.tokens.tolist(), sample.log_probs.tolist(), list(sample.segments), turn)
         trajectory.turn_rewards = list(sample.turn_rewards)
+        trajectory.routing = sample.routing
         return trajectory
 
     def fork(self) -> "Trajectory":
@@ -64,8 +65,11 @@ class Trajectory:
         for span in generation.spans:
             self._extend(Segment(start, start + span.length, "policy", span.version, self.turn, learned))
             start += span.length
-        if generation.routing is not None:
-            self.routing = generation.routing  # of the whole history: each answer covers all positions before it
+        if generation.routing is not None:  # of all positions before its end; earlier ones keep that of who sampled there
+            whole = generation.routing.copy()
+            if self.routing is not None:
+                whole[: len(self.routing)] = self.routing
+            self.routing = whole
 
     def observe(self, tokens: list[int]) -> None:
         """An environment's answer; the policy's next tokens are another turn."""
@@ -91,11 +95,13 @@ class Trajectory:
         ]
 
     def sample(self, finish: SampleFinish) -> Sample:
+        """What there is now. Routing that covers only a beginning is worth nothing, and left out."""
+        whole = self.routing is not None and len(self.routing) == self.length - 1
         return Sample(
             tokens=np.array(self.tokens, dtype=np.int64),
             log_probs=np.array(self.log_probs, dtype=np.float32),
             segments=tuple(self.segments),
             finish=finish,
-            routing=self.routing,
+            routing=self.routing if whole else None,
             turn_rewards=tuple(self.turn_rewards),
         )

@@ -127,6 +127,9 @@ def test_many_groups_are_cut_short_and_say_so(tmp_path: Path) -> None:
         ),
         (["RECIPE", "objective.surrogate=gsop", "layout.world_size=2"], "error: objective.surrogate = gsop"),
         (["RECIPE", "objective.options.clip_lo=1e-4", "--dry-run"], "error: objective.options.clip_lo = 0.0001: "),
+        (["RECIPE", "rewards=[{name: numerik}]", "--dry-run"], "error: rewards[0].name = numerik: "),
+        (["RECIPE", "rewards=[{name: numerik}]", "layout.world_size=2"], "error: rewards[0].name = numerik: "),
+        (["RECIPE", "rewards=[{name: length, options: {hihg: 3}}]"], "error: rewards[0].options.hihg: "),
         (["RECIPE", "--ranks"], "error: --ranks shows the layout of a dry run. Add --dry-run."),
     ],
 )

@@ -15,7 +15,7 @@ class Proxy:
 
     def __init__(self, port: int, seed: int = 0) -> None:
         self.fault: Fault = "none"
-        self.connections = 0
+        self.spoilt = 0  # pieces of what came from the server that a fault was done to
         self._port = port
         self._random = random.Random(seed)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -37,7 +37,6 @@ class Proxy:
             task.cancel()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -68,6 +67,7 @@ class Proxy:
     async def _pour(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, faulty: bool) -> None:
         """Bytes one way, until they end or the fault ends them."""
         while data := await reader.read(CHUNK):
+            self.spoilt += faulty and self.fault != "none"
             match self.fault if faulty else "none":
                 case "garbage":
                     position = self._random.randrange(len(data))

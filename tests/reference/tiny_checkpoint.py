@@ -1,16 +1,15 @@
-"""Tiny checkpoints that a real SGLang server loads: weights, config and a tokenizer made on the spot."""
+"""Tiny checkpoints that a real SGLang server loads: with a vocabulary, room to talk, and a tokenizer made on the spot."""
 
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.data.tokenizer import Tokenizer as ModelTokenizer
-from tests.reference.tiny import write_tiny_config
+from tests.reference.checkpoint import write_tiny_checkpoint
 
 END = 2  # <|im_end|>
 CHAT = (
@@ -28,22 +27,16 @@ SERVED: dict[str, Any] = {
 }
 
 
-def write_tiny_checkpoint(folder: Path, variant: str = "qwen3_moe", seed: int = 0, **changes: Any) -> Path:
-    """Write a variant of `tests.reference.tiny` as a Hugging Face checkpoint in float32; a seed gives the same weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tiny_config(variant, folder, **{**SERVED, **changes})
-    config = AutoConfig.from_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
+def write_served_checkpoint(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """A tiny checkpoint of `tests.reference.tiny` that can be served; a seed gives the same weights."""
+    write_tiny_checkpoint(family, folder, seed=seed, **{**SERVED, **changes})
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_served_model(folder: Path, seed: int = 0) -> Path:
     """The model of the shared server: a Qwen3-MoE of two layers and four experts."""
-    return write_tiny_checkpoint(folder, seed=seed, num_hidden_layers=2, num_experts=4)
+    return write_served_checkpoint(folder, "qwen3_moe", seed, num_hidden_layers=2, num_experts=4)
 
 
 @cache

@@ -106,6 +106,7 @@ def test_words_are_compared_whatever_stands_between(left: list[str], right: list
 
 def test_lines_and_numbers() -> None:
     assert same("a \nb\n\n", "a\nb", "lines", 0) and not same("a b", "a\nb", "lines", 0) and not same(" a", "a", "lines", 0)
+    assert not same("a\x0cb", "a\nb", "lines", 0) and same("a\r\nb", "a\nb", "lines", 0)
     assert same("0.3333 x", "0.33333333 x", "tokens", 1e-3) and not same("0.3333", "0.34", "tokens", 1e-3)
     assert (
         same("1000001", "1000000", "tokens", 1e-3) and not same("nan", "1", "tokens", 1.0) and not same("x", "y", "tokens", 9)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron_rl.config.reward_settings import ScoringSettings
 from megatron_rl.rewards.base import Scored
 from tests.rewards.samples import QUESTION, scored
 
-QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 2}
+QUICK = {"timeout": 60.0, "backoff": 0.01, "retries": 2}
 
 
 class Server:
@@ -184,12 +183,14 @@ def test_one_bad_answer_fails_one_sample(server: Server) -> None:
 
 
 def test_no_more_requests_at_once_than_allowed(server: Server) -> None:
-    def slowly(count: int) -> tuple[int, bytes]:
-        time.sleep(0.02)
+    three = threading.Barrier(3, timeout=60)  # nobody is answered before three have asked
+
+    def together(count: int) -> tuple[int, bytes]:
+        three.wait()
         return 200, b'{"score": 1}'
 
-    server.answer = slowly
-    answers = ask(server, *"abcdefghijkl", concurrency=3)
+    server.answer = together
+    answers = ask(server, *"abcdefghijkl", concurrency=3, timeout=60.0)
     assert sum(answer.reward for answer in answers) == 12 and server.most_at_once == 3
 
 

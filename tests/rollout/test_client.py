@@ -32,7 +32,7 @@ def test_log_probs_are_those_of_the_sampling_temperature(tiny_server: TinyServer
 
 
 def test_a_score_is_that_of_transformers(tiny_server: TinyServer) -> None:
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist()
+    tokens = [*np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist(), 0, VOCABULARY - 1, VOCABULARY - 2]
     scored = talk(tiny_server, lambda client: client.score(tokens))
     np.testing.assert_allclose(scored, reference_log_probs(tiny_server.model, tokens), atol=CLOSE)
 
@@ -60,6 +60,20 @@ def test_stop_tokens_end_a_response_and_stay_in_it(tiny_server: TinyServer) -> N
     end = greedy.tokens.tolist().index(int(stopped.tokens[-1])) + 1
     assert stopped.finish == "stop"
     assert stopped.tokens.tolist() == greedy.tokens.tolist()[:end]
+
+
+def test_ends_that_are_ruled_out_change_the_log_probs(tiny_server: TinyServer) -> None:
+    """SGLang masks stop tokens until `min_new_tokens`, and reports log-probs of what is left: hence the settings' warning."""
+    ends = list(range(0, VOCABULARY, 2))
+    sampling = Sampling(20, min_new_tokens=12, stop_tokens=tuple(ends))
+    response = talk(tiny_server, lambda client: client.generate(PROMPT, sampling))
+    tokens = [*PROMPT, *response.tokens.tolist()]
+    assert len(response.tokens) >= 12 and all(response.tokens[:12] % 2 == 1)
+    whole = reference_log_probs(tiny_server.model, tokens)[len(PROMPT) :]
+    left = reference_log_probs(tiny_server.model, tokens, masked=ends)[len(PROMPT) :]
+    np.testing.assert_allclose(response.log_probs[:12], left[:12], atol=CLOSE)
+    np.testing.assert_allclose(response.log_probs[12:], whole[12:], atol=CLOSE)
+    assert (np.abs(left - whole)[:12] > 100 * CLOSE).all()
 
 
 def test_an_aborted_response_keeps_what_it_has(tiny_server: TinyServer) -> None:
@@ -172,8 +186,17 @@ def test_what_would_kill_a_server_does_not(tiny_server: TinyServer) -> None:
         with pytest.raises(ValueError, match="not joined"):
             await client.update_from_distributed(["a"], ["float32"], [[1]], "nobody", version=1)
 
-        running = asyncio.create_task(client.generate(PROMPT, LONG))
-        await asyncio.sleep(0.3)
+        begun = asyncio.Event()
+
+        async def generate() -> Generation:
+            pieces = []
+            async for piece in client.stream(PROMPT, LONG):
+                pieces.append(piece)
+                begun.set()
+            return gather(pieces)
+
+        running = asyncio.create_task(generate())
+        await begun.wait()
         with pytest.raises(Refused, match="Flush"):
             await client.flush_cache()
         await client.pause("retract")
@@ -217,15 +240,15 @@ def test_nobody_there(tiny_server: TinyServer) -> None:
 
 def test_silence_is_timed_but_a_pause_is_not_silence(tiny_server: TinyServer) -> None:
     async def wait(client: Client) -> None:
-        async with Client(client.url, VOCABULARY, patience=Patience(silence=0.5)) as hasty:
+        async with Client(client.url, VOCABULARY, patience=Patience(silence=1.5)) as hasty:
             await client.pause("in_place")
-            with pytest.raises(TimedOut, match=r"silent for 0\.5 s"):
+            with pytest.raises(TimedOut, match=r"silent for 1\.5 s"):
                 await hasty.generate(PROMPT, Sampling(3))
             await client.resume()
 
             await hasty.pause("in_place")
             waiting = asyncio.create_task(hasty.generate(PROMPT, Sampling(3, ignore_end=True)))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             assert not waiting.done()
             await hasty.resume()
             assert len((await waiting).tokens) == 3

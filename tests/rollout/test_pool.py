@@ -24,7 +24,7 @@ from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.worker import Worker
 from tests.faults.proxy import Proxy
 from tests.reference.tiny_checkpoint import tiny_tokenizer
-from tests.rollout.talk import PROMPT, SECONDS, flush, reference_log_probs
+from tests.rollout.talk import PROMPT, SECONDS, Watch, flush, reference_log_probs
 from tests.servers import SHAPE, VOCABULARY, TinyServer
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
@@ -64,6 +64,12 @@ def check_against(model: Path, response: Generation, start: int = 0, stop: int |
     np.testing.assert_allclose(response.log_probs[start:stop], expected[start:stop], atol=CLOSE)
 
 
+def watch(pool: Pool) -> Watch:
+    """Of the pool's one server."""
+    (worker,) = pool.fleet.workers.values()
+    return Watch(worker)
+
+
 async def until(worker: Worker, health: type) -> None:
     while not isinstance(worker.health, health):
         await asyncio.sleep(0.02)
@@ -90,7 +96,7 @@ def test_a_response_goes_on_under_new_weights(tiny_server: TinyServer) -> None:
     async def update(pool: Pool) -> list[Generation]:
         sampling = Sampling(120, ignore_end=True)
         running = [asyncio.create_task(pool.generate(PROMPT, sampling, group="g")) for _ in range(3)]
-        await asyncio.sleep(0.25)
+        await watch(pool).until(3, 8)
         failed = await pool.fleet.update(1, lambda client: client.update_from_disk(str(tiny_server.other), 1))
         assert failed == {} and pool.fleet.version == 1
         return await asyncio.gather(*running)
@@ -108,7 +114,7 @@ def test_a_response_goes_on_under_new_weights(tiny_server: TinyServer) -> None:
 def test_a_response_lives_through_an_update(tiny_server: TinyServer, mode: str) -> None:
     async def update(pool: Pool) -> tuple[Generation, Generation]:
         running = asyncio.create_task(pool.generate(PROMPT, Sampling(120, ignore_end=True), group="g"))
-        await asyncio.sleep(0.25)
+        await watch(pool).until(1, 8)
         async with pool.fleet.paused(1) as paused:
             for client in paused.clients:
                 await client.update_from_disk(str(tiny_server.other), 1)
@@ -128,7 +134,7 @@ def test_interrupted_responses_come_back_as_they_are(tiny_server: TinyServer) ->
     async def interrupt(pool: Pool) -> tuple[Sequence[Generation], Generation]:
         sampling = Sampling(1000, ignore_end=True)
         running = [asyncio.create_task(pool.generate(PROMPT, sampling, group=str(n))) for n in range(6)]
-        await asyncio.sleep(0.3)
+        await watch(pool).until(4, 4)
         await pool.interrupt()
         cut = await asyncio.gather(*running)
         return cut, await pool.generate(PROMPT, Sampling(5, ignore_end=True), group="later")
@@ -282,19 +288,15 @@ def test_a_response_that_was_cut_off_goes_on_from_its_tokens(tiny_server: TinySe
         async with pool_behind_proxy(tiny_server) as (pool, proxy):
             greedy = Sampling(200, temperature=0.0, ignore_end=True)
             whole = await pool.generate(PROMPT, greedy, group="g")
+            seen = watch(pool)
             running = asyncio.create_task(pool.generate(PROMPT, greedy, group="g"))
-            cuts = 0
-            while not running.done():
-                await asyncio.sleep(0.15)
+            for _ in range(3):
+                await seen.until(1, 8)
                 proxy.cut()
-                cuts += 1
-                await asyncio.sleep(0.05)
-                if cuts == 3:
-                    break
-            return whole, await running, cuts
+            return whole, await running, len(seen.tokens)
 
-    whole, resumed, cuts = asyncio.run(cut())
-    assert cuts == 3
+    whole, resumed, requests = asyncio.run(cut())
+    assert requests == 4
     assert resumed.tokens.tolist() == whole.tokens.tolist()
     np.testing.assert_allclose(resumed.log_probs, whole.log_probs, atol=CLOSE)
     assert resumed.routing is not None and len(resumed.routing) == len(PROMPT) + 200 - 1
@@ -347,12 +349,15 @@ def test_generation_goes_through_a_router_and_nothing_else_does(tiny_server: Tin
                 (worker,) = pool.fleet.workers.values()
                 sampling = Sampling(100, ignore_end=True)
                 running = [asyncio.create_task(pool.generate(PROMPT, sampling, group=str(n))) for n in range(5)]
-                await asyncio.sleep(0.3)
-                assert not worker.attempts and pool.fleet.router is not None and len(pool.fleet.router.attempts) == 3
+                router = pool.fleet.router
+                assert router is not None
+                seen = Watch(router)
+                await seen.until(3, 8)
+                assert not worker.attempts and len(router.attempts) == 3
                 await pool.fleet.update(1, lambda client: client.set_version(1))
                 whole = await asyncio.gather(*running)
                 cut = [asyncio.create_task(pool.generate(PROMPT, replace(sampling, max_new_tokens=900), group="g"))]
-                await asyncio.sleep(0.2)
+                await seen.until(1, 8)
                 await pool.interrupt()
                 ended = await asyncio.gather(*cut)
                 await worker.client.set_version(0)

@@ -122,11 +122,20 @@ def test_more_than_256_experts_take_two_bytes() -> None:
 
 def test_a_score_must_be_about_the_tokens_asked_for() -> None:
     reply = {"meta_info": {"input_token_logprobs": [[None, 4, None], [-1.0, 5, None]]}}
-    assert read_score(reply, [4, 5]).tolist() == [0.0, -1.0]
+    assert read_score(reply, [4, 5], 10).tolist() == [0.0, -1.0]
     with pytest.raises(Untrusted, match="log-prob of token 6"):
-        read_score(reply, [4, 6])
+        read_score(reply, [4, 6], 10)
     with pytest.raises(Untrusted, match="2 tokens of 3"):
-        read_score(reply, [4, 5, 6])
+        read_score(reply, [4, 5, 6], 10)
+
+
+@pytest.mark.parametrize("called", [0, 9])
+def test_the_last_token_of_the_vocabulary_is_called_0_by_sglang(called: int) -> None:
+    reply = {"meta_info": {"input_token_logprobs": [[None, called, None], [-1.0, called, None]]}}
+    assert read_score(reply, [9, 9], 10).tolist() == [0.0, -1.0]
+    if called == 0:
+        with pytest.raises(Untrusted, match="log-prob of token 8"):
+            read_score(reply, [9, 8], 10)
 
 
 def test_a_server_that_describes_itself_badly() -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from megatron_rl.cli import app
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import Settings
@@ -34,9 +36,14 @@ def settings_of(server: TinyServer, folder: Path, **sections: Any) -> Settings:
 
 
 def filled(settings: Settings, steps: int) -> list[Filled]:
+    """What `fill` reports; a server of its own it must not start."""
+
+    def starting() -> None:
+        raise AssertionError("servers are started")
+
     async def run() -> list[Filled]:
         model = read_architecture(settings.policy.config)
-        return [each async for each in fill(settings, model, steps, lambda session, step: None)]
+        return [each async for each in fill(settings, model, steps, lambda session, step: None, starting)]
 
     return asyncio.run(run())
 
@@ -98,17 +105,30 @@ def test_episodes_with_a_tool(tiny_server: TinyServer, tmp_path: Path) -> None:
     ("sections", "message"),
     [
         ({"servers": {"urls": ["http://127.0.0.1:9"]}}, "Correct servers.urls"),
-        ({"rewards": [{"name": "numerik"}]}, "Did you mean 'numeric'"),
-        ({"rewards": [{"name": "code"}]}, "reads the column"),
-        ({"data": {"sources": [{"path": "task:arithmatic"}]}}, "arithmetic"),
-        ({"data": {"sources": []}}, "there are no sources of train prompts"),
+        ({"rewards": [{"name": "numerik"}], "servers": {}}, "Did you mean 'numeric'"),
+        ({"rewards": [{"name": "code"}], "servers": {}}, "reads the column"),
+        ({"data": {"sources": [{"path": "task:arithmatic"}]}, "servers": {}}, "arithmetic"),
+        ({"data": {"sources": []}, "servers": {}}, "there are no sources of train prompts"),
+        ({"sampling": {"strategy": "episodes", "environment": "nowhere:Env"}, "servers": {}}, "sampling.environment = nowhere"),
     ],
 )
 def test_what_cannot_work_is_said_at_the_start(
     tiny_server: TinyServer, tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
+    """Also where servers would be started: before that."""
     with pytest.raises(UserError, match=message):
         filled(settings_of(tiny_server, tmp_path, **sections), 1)
+
+
+def test_the_command_says_warnings_and_errors_before_it_starts_servers(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"policy: {{init: {tiny_models[0]}}}\nrun: {{directory: {tmp_path / 'run'}}}\n")
+    unwise = ["sampling.min_new_tokens=3", "data.sources=[{path: task:arithmetic}]", "rewards=[{name: numerik}]"]
+    result = CliRunner().invoke(app, ["rollout", str(recipe), *unwise])
+    assert result.exit_code == 2 and result.stdout == ""
+    warning, error = result.stderr.splitlines()
+    assert warning.startswith("warning: sampling.min_new_tokens = 3: ")
+    assert error.startswith("error: rewards[0].name = numerik: ")
 
 
 class Echo(Environment):

@@ -68,6 +68,21 @@ def test_versions_within_a_response_are_segments() -> None:
     assert again.sample("abort").segments == trajectory.sample("abort").segments and again.turn_tokens == 5
 
 
+def test_positions_keep_the_routing_of_who_sampled_there() -> None:
+    def answer(tokens: list[int], positions: int, server: int) -> Generation:
+        routing = np.full((positions, 2, 2), server, np.uint8) if server else None
+        return Generation(np.array(tokens), np.zeros(len(tokens), np.float32), (Span(server, len(tokens)),), "abort", routing)
+
+    trajectory = Trajectory.begin(np.array([5, 6]))
+    trajectory.respond(answer([10, 11], positions=3, server=1))
+    again = Trajectory.resume(trajectory.sample("abort"))
+    again.respond(answer([12], positions=4, server=2))
+    routing = again.sample("stop").routing
+    assert routing is not None and routing[:, 0, 0].tolist() == [1, 1, 1, 2]
+    again.respond(answer([13], positions=5, server=0))
+    assert again.sample("abort").routing is None  # it would cover only a beginning
+
+
 @pytest.mark.parametrize(
     ("own", "total", "finish", "tokens"), [(10, 200, "length", 10), (50, 20, "budget", 17), (50, 200, "stop", 37)]
 )

@@ -77,6 +77,17 @@ def cut_distributions_are_not_what_is_scored(case: Case) -> Iterator[str]:
         )
 
 
+def masked_ends_are_scored_as_masked(case: Case) -> Iterator[str]:
+    least = case.settings.sampling.min_new_tokens
+    if least > 0:
+        yield problem(
+            f"sampling.min_new_tokens = {least}",
+            "servers rule out the tokens that end a response until then, and report the log-probabilities of what is left; "
+            "the policy's are those of all tokens",
+            "Set sampling.min_new_tokens=0, and reward the length instead: rewards=[{name: length, options: {low: …}}]",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     episodes_have_an_environment,
     partial_and_ahead_are_two_ways,
@@ -84,4 +95,4 @@ RULES: tuple[Rule, ...] = (
     fewest_tokens_fit,
     minibatches_hold_groups,
 )
-WARNINGS: tuple[Rule, ...] = (cut_distributions_are_not_what_is_scored,)
+WARNINGS: tuple[Rule, ...] = (cut_distributions_are_not_what_is_scored, masked_ends_are_scored_as_masked)

@@ -78,7 +78,7 @@ async def serves(url: str, model: Path, version: int) -> None:
 
 async def _serves(client: Client, model: Path, version: int) -> None:
     generator = np.random.default_rng(5)
-    sequences = [generator.integers(0, VOCABULARY - 1, 24).tolist() for _ in range(4)]
+    sequences = [generator.integers(0, VOCABULARY, 24).tolist() for _ in range(4)]
     for tokens, expected in zip(sequences, log_probs(model, sequences), strict=True):
         np.testing.assert_allclose(await client.score(tokens), expected, atol=CLOSE)
     response = await client.generate(sequences[0], Sampling(max_new_tokens=12, ignore_end=True), cache_key=f"check {version}")

@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from megatron_rl.cli import app
 from megatron_rl.rollout.replies import Generation
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
-from megatron_rl.rollout.suitability import Demands
+from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
 from megatron_rl.weights.publish.files import MEMORY, PREFIX
 from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from tests.parallel.cluster import Cluster
 from tests.parallel.publish_jobs import ENDURING, Survived, Victim
-from tests.reference.tiny_checkpoint import write_tiny_checkpoint
+from tests.reference.tiny_checkpoint import write_served_checkpoint
 from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 from tests.weights.publish.live import (
     AT_ONCE,
@@ -29,6 +29,7 @@ from tests.weights.publish.live import (
     PROMPT_LENGTH,
     Load,
     Response,
+    connect,
     log_probs,
     run,
     serves,
@@ -57,8 +58,8 @@ def starting(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
     """They start, which takes half a minute, while the first tests run."""
     folder = tmp_path_factory.mktemp("dense")
     models = (
-        write_tiny_checkpoint(folder / "model", "qwen3", seed=2, num_hidden_layers=2),
-        write_tiny_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
+        write_served_checkpoint(folder / "model", "qwen3", seed=2, num_hidden_layers=2),
+        write_served_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
     )
     arguments = {"max_total_tokens": 16384, "weight_version": "0", "disable_radix_cache": True}
     dense_options = ServerOptions(models[0], folder / "dense.log", arguments, device="cpu", threads=1, start_seconds=300)
@@ -140,6 +141,17 @@ def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
         old, new = new, old
     # Else each publish that empties the cache would wait half a second for a collection of garbage.
     assert "Freezing GC in Scheduler" in more.dense.options.log.read_text()
+
+
+def test_a_server_that_returns_no_routing_is_refused_where_replay_asks_for_it(more: More) -> None:
+    async def meet() -> None:
+        async with connect(more.dense.url) as client:
+            with pytest.raises(
+                UnsuitableServer, match=r"does not return routing.* start it with --enable-return-routed-experts"
+            ):
+                await inspect(client, Demands("qwen3", VOCABULARY, SHAPE))
+
+    run(meet())
 
 
 @pytest.mark.parametrize(
