@@ -36,6 +36,10 @@ def find_browser() -> str:
     )
 
 
+class Refused(AssertionError):
+    """The browser would not. While a page loads, it will not evaluate."""
+
+
 class Browser:
     """One process, which ends with the `with` block."""
 
@@ -89,7 +93,8 @@ class Browser:
         while True:
             answer = self._next(method)
             if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    raise Refused(f"{method}: {answer['error']}")
                 return dict(answer["result"])
             if (listener := self.listeners.get(answer.get("sessionId", ""))) is not None:
                 listener(answer)
@@ -129,9 +134,15 @@ class Page:
 
     def until(self, expression: str) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not self.evaluate(expression):
+        while not self._holds(expression):
             assert time.monotonic() < deadline, f"it did not come to: {expression}; the console says {self.complaints}"
             time.sleep(0.05)
+
+    def _holds(self, expression: str) -> bool:
+        try:
+            return bool(self.evaluate(expression))
+        except Refused:
+            return False
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """A key, as from a keyboard."""
