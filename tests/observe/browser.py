@@ -59,6 +59,7 @@ class Browser:
             os.close(descriptor)
         self._write, self._read = to_browser[1], from_browser[0]
         self._buffer, self._number = b"", 0
+        self._target: str | None = None  # the page that is open
         self.listeners: dict[str, Callable[[Message], None]] = {}  # by session
 
     def __enter__(self) -> Self:
@@ -71,12 +72,15 @@ class Browser:
         os.close(self._read)
 
     def open(self, url: str, width: int = 1280, height: int = 900, *, dark: bool = False) -> "Page":
-        """A new page of this size, loaded."""
-        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
-        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        """A new page of this size, loaded. The one before it is closed: pages in the background are not drawn."""
+        if self._target is not None:
+            self.call("Target.closeTarget", {"targetId": self._target})
+        self._target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
+        session = self.call("Target.attachToTarget", {"targetId": self._target, "flatten": True})["sessionId"]
         page = Page(self, session)
         for domain in ("Page", "Runtime", "Log"):
             page.call(f"{domain}.enable")
+        page.call("Page.bringToFront")
         page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
@@ -140,7 +144,7 @@ class Page:
 
     def _holds(self, expression: str) -> bool:
         try:
-            return bool(self.evaluate(expression))
+            return bool(self.evaluate(f"Boolean({expression})"))
         except Refused:
             return False
 
