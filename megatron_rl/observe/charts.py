@@ -44,12 +44,17 @@ MISMATCH = tuple(
     Chart(meaning(name).title, meaning(name).text, (name,))
     for name in (
         "mismatch_k1", "mismatch_k3", "mismatch_chi2", "mismatch_effective_share", "mismatch_max", "mismatch_perplexity_ratio",
+        "publish/difference",
     )
 )  # fmt: skip
 SPEED = (
     Chart("Tokens per second", "Of the whole step, and of the phases that handle tokens.", ("rate/tokens", "rate/")),
+    Chart("Seconds by phase", "The same seconds as above, as curves.", ("seconds/",)),
+    Chart("Publishing", "Until all servers had the new weights, and how long they generated nothing for it.",
+          ("publish/seconds", "publish/paused_seconds")),
+    Chart("MFU", meaning("rate/mfu").text, ("rate/mfu",)),
     Chart("Memory", meaning("memory/peak").text, ("memory/",)),
-)
+)  # fmt: skip
 EXPERTS = (
     Chart("Fullest expert", meaning("moe/max_over_mean").text, ("moe/max_over_mean",)),
     Chart("Changed and dropped", "Choices of experts that an update changed, and tokens that found no room, as shares.",

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,22 +173,19 @@ class Follower:
         """
         if not self._path.exists():
             return False, []
+        found = []
         with self._path.open("rb") as file:
             status = os.fstat(file.fileno())
             restarted = self._inode not in (0, status.st_ino) or status.st_size < self._read
-            self._inode, start = status.st_ino, 0 if restarted else self._read
-            file.seek(start)
-            found = list(_whole_lines(file, start))
-        self._read = found[-1][0] + len(found[-1][1]) if found else start
-        return restarted, [(offset, json.loads(data) if parse else _step_alone(data)) for offset, data in found]
-
-
-def _whole_lines(file: Any, offset: int) -> Iterator[tuple[int, bytes]]:
-    """A line that has no end yet comes another time."""
-    for data in file:
-        if data.endswith(b"\n"):
-            yield offset, data
-        offset += len(data)
+            self._inode, at = status.st_ino, 0 if restarted else self._read
+            file.seek(at)
+            for data in file:
+                if not data.endswith(b"\n"):  # it is being written: another time
+                    break
+                found.append((at, json.loads(data) if parse else _step_alone(data)))
+                at += len(data)
+        self._read = at
+        return restarted, found
 
 
 def _step_alone(data: bytes) -> Line:

@@ -41,6 +41,7 @@ class Bounds:
     groups: int = 24  # the newest
     samples: int = 16  # of a group
     tokens: int = 2048  # of a response, its first
+    letters: int = 20_000  # of a prompt, and of a response that is kept as text
     all_tokens: int = 200_000  # of all responses together
 
 
@@ -55,9 +56,13 @@ class SampleBrowser:
     _tokenizer: Tokenizer | None = None
     _tried: bool = False
     _note: str = ""
+    _starts: int = 0
 
     def shown(self, run: RunReader) -> dict[str, Any]:
         """Groups, the newest first, and a sentence about what is missing."""
+        if self._starts != len(run.starts):  # a resumed run may have done a step again, and otherwise
+            self._known.clear()
+            self._starts = len(run.starts)
         if self.bank is None or not (self.bank / "bank.json").exists():
             where = f" at {self.bank}" if self.bank else ""
             return {"groups": [], "note": f"There is no bank{where}: what the model said is not known here."}
@@ -94,15 +99,14 @@ class SampleBrowser:
 
     def _prepared(self, reader: BankReader, step: int, traces: Mapping[str, Mapping[int, Trace]]) -> Iterator[Line]:
         """The traced groups of a step, or where there are none as many as may be shown."""
-        missing = [key for key in traces if (step, key) not in self._known]
-        if missing or not traces:
+        keys = list(traces)
+        if not keys or any((step, key) not in self._known for key in keys):
             with reader.step(step) as sealed:
-                wanted = missing or sealed.keys()[: self.bounds.groups]
-                for key, rows in _rows_of(sealed, set(wanted)).items():
+                keys = keys or sealed.keys()[: self.bounds.groups]
+                missing = {key for key in keys if (step, key) not in self._known}
+                for key, rows in _rows_of(sealed, missing).items():
                     self._known[step, key] = self._group(step, key, rows, traces.get(key, {}))
-            yield from (self._known[step, key] for key in traces or wanted if (step, key) in self._known)
-        else:
-            yield from (self._known[step, key] for key in traces)
+        yield from (self._known[step, key] for key in keys if (step, key) in self._known)
 
     def _group(self, step: int, key: str, rows: Sequence[tuple[int, Line]], traces: Mapping[int, Trace]) -> Line:
         first = rows[0][1]
@@ -115,7 +119,7 @@ class SampleBrowser:
             "step": step,
             "key": key,
             "traced": bool(traces),
-            "prompt": prompt if prompt is not None else " ".join(map(str, first["tokens"][:start].tolist())),
+            "prompt": self._cut(prompt if prompt is not None else " ".join(map(str, first["tokens"][:start].tolist()))),
             "size": len(rows),
             "samples": [self._sample(cells, traces.get(row)) for row, cells in rows[: self.bounds.samples]],
         }
@@ -134,7 +138,7 @@ class SampleBrowser:
             "length": cells["length"] - start,
             "ids": ids,
             "pieces": self._tokenizer.pieces(ids) if self._tokenizer is not None else None,
-            "text": cells.get("response_text") if self._tokenizer is None else None,
+            "text": self._cut(cells["response_text"]) if self._tokenizer is None and cells.get("response_text") else None,
             "log_probs": _rounded(cells["log_probs"][start:stop], LOG_PROB_DIGITS),
             "authors": _authors(cells["segments"], start, stop),
         }
@@ -148,6 +152,10 @@ class SampleBrowser:
             "log_ratio": _rounded(trace["log_ratio"][start:stop], 5),
             "token_advantage": None if own is None else _rounded(own[start:stop], 4),
         }
+
+    def _cut(self, text: str) -> str:
+        rest = len(text) - self.bounds.letters
+        return text if rest <= 0 else f"{text[: self.bounds.letters]} … and {rest:,} letters more"
 
     def _open_tokenizer(self, reader: BankReader) -> None:
         """Once: what cannot be opened now cannot be a moment later."""

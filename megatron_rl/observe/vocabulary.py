@@ -57,6 +57,15 @@ KNOWN: dict[str, Meaning] = {
     "memory/peak": Meaning("peak memory", "Largest memory of a rank in the step.", "bytes"),
     "staleness/mean": Meaning("staleness", "Mean age of the weights that wrote the samples, in published versions.", "steps"),
     "staleness/max": Meaning("oldest weights", "Age of the oldest weights that wrote a sample.", "steps"),
+    "publish/seconds": Meaning("publishing", "Seconds until all servers had the new weights.", "s"),
+    "publish/paused_seconds": Meaning("servers paused", "Longest time that a server generated nothing for it.", "s"),
+    "publish/megabytes": Meaning("published", "Megabytes of weights sent."),
+    "publish/servers": Meaning("servers", "Servers that run the new weights."),
+    "publish/failed_servers": Meaning("servers that failed", "Servers that did not take the new weights."),
+    "publish/difference": Meaning("probe", "Largest mean |difference| of log-probs after publishing: server, trainer.", "nats"),
+    "sampling/thrown_away": Meaning("thrown away", "Groups whose rewards were all equal, in whose place others were sampled."),
+    "sampling/failed_prompts": Meaning("prompts failed", "Prompts that could not be sampled."),
+    "sampling/cut_off": Meaning("carried over", "Responses that go on in the next step."),
     "moe/max_over_mean": Meaning("fullest expert", "Tokens of the fullest expert over the mean, the worst layer's."),
     "moe/dropped": Meaning("dropped tokens", "Share of tokens that an expert had no room for.", "share"),
     "moe/routing_changed": Meaning("changed routing", "Share of expert choices that the update changed.", "share"),
@@ -68,6 +77,8 @@ def meaning(name: str) -> Meaning:
     if name in KNOWN:
         return KNOWN[name]
     room, _, rest = name.partition("/")
+    if room == "seconds":
+        return Meaning(rest, f"Seconds of the phase {rest}.", "s")
     if room == "reward" and rest:
         return Meaning(rest, f"Mean of the reward component {rest}, unweighted.")
     return Meaning(name, f"As {name} in metrics.jsonl.")

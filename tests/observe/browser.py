@@ -36,6 +36,10 @@ def find_browser() -> str:
     )
 
 
+class Refused(AssertionError):
+    """The browser would not. While a page loads, it will not evaluate."""
+
+
 class Browser:
     """One process, which ends with the `with` block."""
 
@@ -55,6 +59,7 @@ class Browser:
             os.close(descriptor)
         self._write, self._read = to_browser[1], from_browser[0]
         self._buffer, self._number = b"", 0
+        self._target: str | None = None  # the page that is open
         self.listeners: dict[str, Callable[[Message], None]] = {}  # by session
 
     def __enter__(self) -> Self:
@@ -67,12 +72,15 @@ class Browser:
         os.close(self._read)
 
     def open(self, url: str, width: int = 1280, height: int = 900, *, dark: bool = False) -> "Page":
-        """A new page of this size, loaded."""
-        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
-        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        """A new page of this size, loaded. The one before it is closed: pages in the background are not drawn."""
+        if self._target is not None:
+            self.call("Target.closeTarget", {"targetId": self._target})
+        self._target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
+        session = self.call("Target.attachToTarget", {"targetId": self._target, "flatten": True})["sessionId"]
         page = Page(self, session)
         for domain in ("Page", "Runtime", "Log"):
             page.call(f"{domain}.enable")
+        page.call("Page.bringToFront")
         page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
@@ -89,7 +97,8 @@ class Browser:
         while True:
             answer = self._next(method)
             if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    raise Refused(f"{method}: {answer['error']}")
                 return dict(answer["result"])
             if (listener := self.listeners.get(answer.get("sessionId", ""))) is not None:
                 listener(answer)
@@ -129,9 +138,15 @@ class Page:
 
     def until(self, expression: str) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not self.evaluate(expression):
+        while not self._holds(expression):
             assert time.monotonic() < deadline, f"it did not come to: {expression}; the console says {self.complaints}"
             time.sleep(0.05)
+
+    def _holds(self, expression: str) -> bool:
+        try:
+            return bool(self.evaluate(f"Boolean({expression})"))
+        except Refused:
+            return False
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """A key, as from a keyboard."""

@@ -173,6 +173,7 @@ def test_what_is_shown_is_bounded(run: Path) -> None:
     assert len(groups) == 3 and all(len(group["samples"]) == 2 and group["size"] == GROUP_SIZE for group in groups)
     first = groups[0]["samples"][0]
     assert len(first["ids"]) == len(first["pieces"]) == len(first["log_ratio"]) == 20 < first["length"]
+    assert data_of(run, bounds=Bounds(letters=7))["samples"]["groups"][0]["prompt"].startswith(f"{ASKED[0][:7]} … and ")
     few = data_of(run, bounds=Bounds(all_tokens=1))["samples"]["groups"]
     assert len(few) == 1  # one is always shown
 

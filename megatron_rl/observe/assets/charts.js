@@ -80,7 +80,7 @@ class LineChart {
     if (!width || !height) return;
     const unit = this.chart.unit, [low, high] = this.range();
     const marks = niceTicks(low, high, 4), texts = ticks(marks, unit);
-    const left = 12 + 6.4 * Math.max(...texts.map((text) => text.length)), right = 8, top = 6, bottom = 20;
+    const left = 12 + 6.4 * Math.max(0, ...texts.map((text) => text.length)), right = 8, top = 6, bottom = 20;
     const first = this.steps[0], last = this.steps[this.steps.length - 1];
     this.x = (step) => left + (last === first ? 0.5 : (step - first) / (last - first)) * (width - left - right);
     this.y = (value) => height - bottom - ((value - low) / (high - low)) * (height - top - bottom);

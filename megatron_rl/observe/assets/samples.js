@@ -138,7 +138,7 @@ class SampleBrowser {
       ["weights", versions(sample.versions), "Version of the weights that wrote it; two when it lived through an update."],
     ];
     return h("article", {
-      class: `card${sample.clipped ? " clipped" : ""}`, "aria-label": `Response ${sample.index}, reward ${plain(sample.reward ?? NaN)}${sample.clipped ? ", clipped" : ""}, ${ended}`,
+      id: `response-${index}`, class: `card${sample.clipped ? " clipped" : ""}`, "aria-label": `Response ${sample.index}, reward ${plain(sample.reward ?? NaN)}${sample.clipped ? ", clipped" : ""}, ${ended}`,
       onclick: () => this.chooseSample(index, false), onfocus: () => this.sample !== index && this.chooseSample(index, false),
     },
     h("header", {}, h("span", { class: "number" }, `#${sample.index}`),

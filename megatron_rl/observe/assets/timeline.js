@@ -41,7 +41,7 @@ class Overview {
     if (!width) return;
     const sums = steps.map((_, at) => this.names.reduce((sum, name) => sum + (named[name].mean[at] || 0), 0));
     const high = Math.max(...sums, 1e-6), marks = niceTicks(0, high, 4), texts = ticks(marks, "s");
-    const left = 12 + 6.4 * Math.max(...texts.map((text) => text.length)), bottom = 20, top = 6;
+    const left = 12 + 6.4 * Math.max(0, ...texts.map((text) => text.length)), bottom = 20, top = 6;
     const y = (value) => height - bottom - (value / high) * (height - bottom - top);
     this.left = left;
     this.wide = (width - left - 8) / steps.length;
