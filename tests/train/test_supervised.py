@@ -97,7 +97,7 @@ def test_bad_settings_end_before_ranks_start(recipe: Path, tmp_path: Path) -> No
 
 
 def test_bad_data_ends_before_the_model_is_built(recipe: Path, tmp_path: Path) -> None:
-    result = sft(recipe, f"run.directory={tmp_path}", "supervised.response={solution}")
+    result = sft(recipe, f"run.directory={tmp_path}", 'supervised.response="{solution}"')
     assert result.returncode == 2 and result.stderr.count("error:") == 1
     assert "prompts of digits have no field solution (they have answer, demonstration)" in result.stderr
     assert not list(tmp_path.iterdir())
