@@ -8,10 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.config.load import load_settings
+from megatron_rl.data.prompts import open_prompts, open_tokenizer
 from megatron_rl.train.supervised import Metrics
 from megatron_rl.train.toy_model import write_toy_model
 
@@ -43,6 +48,22 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def loss_by_transformers(model: Path, recipe: Path) -> float:
+    """Mean −log p of the held-out answers and their ends, each asked on its own of the exported model."""
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    settings = load_settings(recipe, [])
+    prompts = open_prompts(settings, open_tokenizer(settings), "validation").sources[0].evenly(settings.supervised.held_out)
+    losses: list[float] = []
+    for prompt in prompts:
+        talk = [{"role": "user", "content": prompt.messages[-1]["content"]}]
+        asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        answer = tokenizer(prompt.fields["answer"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = loaded(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+        losses += (-scores[torch.arange(len(answer)), answer]).tolist()
+    return fmean(losses)
+
+
 def test_it_learns_and_resumes_identically(recipe: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = sft(recipe, f"run.directory={whole}", "checkpoint.export_every=20")
@@ -55,6 +76,7 @@ def test_it_learns_and_resumes_identically(recipe: Path, tmp_path: Path) -> None
     held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert held_out.keys() == {0, 24} and held_out[24] < 0.6 * held_out[0]
     final = whole / "exports" / "final"
+    assert held_out[24] == pytest.approx(loss_by_transformers(final, recipe), rel=1e-4)
     assert sorted(path.name for path in (whole / "exports").iterdir()) == ["final", "step_00000020"]
     assert {path.name for path in final.iterdir()} == {path.name for path in (recipe.parent / "toy").iterdir()}
     checkpoints = sorted(path.name for path in (whole / "checkpoints").iterdir())
