@@ -9,6 +9,7 @@ the only one that asks whether there is a GPU.
 import contextlib
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Device:
             torch.cuda.set_rng_state(state)
         else:
             torch.set_rng_state(state)
+
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU since the last time it was asked for, or of the process since it began."""
+        if not self.cuda:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
 
 def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int = 1) -> Device:

@@ -1,14 +1,12 @@
 """What a run tells its observers, put together."""
 
 import os
-import resource
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
 from rich.console import Console
 
 from megatron_rl import __version__
@@ -59,7 +57,7 @@ def step_record(
         **published,
         **_rates(report, seconds),
         **seconds,
-        "memory/peak": max(policy.layout.everyone_has(_peak_memory())),
+        "memory/peak": float(max(policy.layout.everyone_has(policy.layout.device.peak_memory()))),
     }
     if report.look is None:
         return StepRecord(arrived.step, metrics, spans)
@@ -76,13 +74,6 @@ def _rates(report: LearnReport, seconds: Mapping[str, float]) -> dict[str, float
         "rate/update": (report.tokens, seconds.get("seconds/update", 0.0)),
     }
     return {name: tokens / taken for name, (tokens, taken) in counted.items() if taken > 0}
-
-
-def _peak_memory() -> float:
-    """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _versions() -> dict[str, str]:
