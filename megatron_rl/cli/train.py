@@ -14,7 +14,6 @@ from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
-from megatron_rl.observe import observers_of
 from megatron_rl.train.folder import require_fresh, settings_file
 from megatron_rl.train.ranks import speaks
 from megatron_rl.train.upstream import quiet_upstream
@@ -73,17 +72,22 @@ def train(
         start_ranks(settings, _require_buildable)
         _require_buildable(settings)
         tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1))
-        quiet_upstream()
-        from megatron_rl.train.run import train as run
+        _run(settings, resume=resume is not None)
 
-        console = make_console()
-        console.quiet = not speaks()
-        state = run(settings, resume=resume is not None, observers=observers_of(settings, console))
-        folder, steps = settings.run.directory, settings.run.steps
-        if state.step < steps:
-            console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
-            raise typer.Exit(STOPPED)
-        console.print(f"{steps} steps are done: {folder} (look with megatron-rl report {folder})")
+
+def _run(settings: Settings, *, resume: bool) -> None:
+    quiet_upstream()
+    from megatron_rl.observe import observers_of
+    from megatron_rl.train.run import train as run
+
+    console = make_console()
+    console.quiet = not speaks()
+    state = run(settings, resume=resume, observers=observers_of(settings, console) if speaks() else ())
+    folder, steps = settings.run.directory, settings.run.steps
+    if state.step < steps:
+        console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
+        raise typer.Exit(STOPPED)
+    console.print(f"{steps} steps are done: {folder} (look with megatron-rl report {folder})")
 
 
 def _settings(config: Path | None, overrides: list[str], resume: Path | None) -> Settings:
