@@ -78,21 +78,12 @@ class Evaluator:
     """Asks validation prompts whenever it is told to. One of them lives as long as its servers."""
 
     def __init__(
-        self,
-        settings: EvaluationSettings,
-        prompts: PromptStream,
-        generator: Generator,
-        rewards: RewardModel,
-        tokenizer: Tokenizer,
-        limits: Limits,
-        directory: Path,
+        self, settings: EvaluationSettings, prompts: PromptStream, floor: Floor, rewards: RewardModel, directory: Path
     ) -> None:
         """`directory` is where the responses are kept."""
-        self._settings, self._rewards, self._tokenizer, self._directory = settings, rewards, tokenizer, directory
+        self._settings, self._floor, self._rewards, self._directory = settings, floor, rewards, directory
         self.prompts = {source.name: list(source.evenly(settings.prompts)) for source in prompts.sources}
         self._files = _file_names(self.prompts)
-        sampling = Sampling(limits.response, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k or -1)
-        self._floor = Floor(generator, Grader(rewards), sampling, limits)
         self._teller = next((each.reward for each in rewards.components if isinstance(each.reward, TellsAnswer)), None)
 
     @property
@@ -181,10 +172,17 @@ def open_evaluator(
     """An evaluator over what a session has open; what is wrong with validation prompts is told here."""
     prompts = open_prompts(settings, tokenizer, "validation")
     require_columns(rewards.components, prompts)
-    response = settings.evaluation.max_new_tokens or settings.sampling.max_new_tokens
-    limits = Limits(response, total=model.max_positions)
-    directory = settings.run.directory / "evaluations"
-    return Evaluator(settings.evaluation, prompts, generator, rewards, tokenizer, limits, directory)
+    own, training = settings.evaluation, settings.sampling
+    sampling = Sampling(
+        own.max_new_tokens or training.max_new_tokens,
+        temperature=own.temperature,
+        top_p=own.top_p,
+        top_k=own.top_k or -1,
+        stop_tokens=training.stop_token_ids,  # what ends a response is the same in training
+        stop=training.stop,
+    )
+    floor = Floor(generator, Grader(rewards), sampling, Limits(sampling.max_new_tokens, total=model.max_positions))
+    return Evaluator(own, prompts, floor, rewards, settings.run.directory / "evaluations")
 
 
 @asynccontextmanager

@@ -26,7 +26,8 @@ from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.errors import Refused
 from megatron_rl.rollout.replies import Generation
 from megatron_rl.train.evaluation import EvaluationFailed, open_alone, open_evaluator
-from tests.servers import Address, TinyServer
+from tests.reference.tiny_checkpoint import END
+from tests.servers import VOCABULARY, Address, TinyServer
 
 SAMPLES = 4
 
@@ -104,7 +105,9 @@ def test_what_is_told_is_what_the_kept_responses_say(tiny_server: TinyServer, tm
 def test_the_command_prints_a_table_and_greedy_responses_are_all_the_same(tiny_server: TinyServer, tmp_path: Path) -> None:
     greedy = {"prompts": 3, "max_new_tokens": 5, "temperature": 0}
     rewards = [{"name": "length", "options": {"high": 6}}]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections(tiny_server, tmp_path, evaluation=greedy, rewards=rewards)))
+    ends = {"stop_token_ids": list(range(1, VOCABULARY, 2))}  # as in training; the model's own end is rare
+    given = sections(tiny_server, tmp_path, evaluation=greedy, rewards=rewards, sampling=ends)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml"), "--samples", "2"])
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.split()}
@@ -112,6 +115,9 @@ def test_the_command_prints_a_table_and_greedy_responses_are_all_the_same(tiny_s
     assert "no maj@n: none of the rewards can tell which answer a response gives" in result.output
     for row in pq.read_table(tmp_path / "run" / "evaluations" / "digits.parquet").to_pylist():
         assert row["tokens"][0] == row["tokens"][1] and row["step"] is None
+        for tokens, finish in zip(row["tokens"], row["finish"], strict=True):
+            assert all(token % 2 == 0 and token != END for token in tokens[:-1])
+            assert (finish == "stop") == (tokens[-1] % 2 == 1 or tokens[-1] == END)
 
 
 @pytest.mark.parametrize(
