@@ -24,4 +24,9 @@ say "making a tiny mixture of experts with random weights"
 say "teaching it the task, from a teacher who is right one time in three"
 "$program" sft configs/quickstart-sft.yaml "policy.init=$directory/toy" "run.directory=$directory/sft"
 say "reinforcement learning: the reward wants what the teacher did one time in three"
-exec "$program" train configs/quickstart.yaml "policy.init=$directory/sft/exports/final" "run.directory=$directory/rl" "$@"
+"$program" train configs/quickstart.yaml "policy.init=$directory/sft/exports/final" "run.directory=$directory/rl" "$@"
+"$program" report "$directory/rl"
+say "done. Look at what it did:
+    $directory/rl/report.html             the run as a page, for a browser
+    $program bank show $directory/rl/bank      what the model said
+    $program train --resume $directory/rl run.steps=50      go on"

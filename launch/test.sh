@@ -42,6 +42,20 @@ if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 
+# Tests that mostly wait, for servers and for runs as users start them, go on beside those that compute. Each lane takes a thread.
+live=(tests/rollout tests/faults tests/train tests/weights/publish)
+both_lanes() {
+    local log=.tools/live-tests.log result=0 other=0 pid
+    mkdir -p .tools
+    OMP_NUM_THREADS=1 .venv/bin/python -m pytest "${live[@]}" >"$log" 2>&1 &
+    pid=$!
+    OMP_NUM_THREADS=1 .venv/bin/python -m pytest "${live[@]/#/--ignore=}" || result=$?
+    say "tests that ran beside these: ${live[*]}"
+    wait "$pid" || other=$?
+    cat "$log"
+    return $((result > other ? result : other))
+}
+
 # Every check runs, whatever the one before it found; pytest last, so that its summary closes the output.
 failed=()
 check() {
@@ -53,7 +67,7 @@ check() {
 check "style (ruff check)" .venv/bin/ruff check .
 check "format (ruff format)" .venv/bin/ruff format --check --quiet .
 check "types (mypy)" .venv/bin/mypy
-check "tests (pytest)" .venv/bin/python -m pytest
+check "tests (pytest)" both_lanes
 if ((${#failed[@]})); then
     fail "$(IFS=,; printf '%s' "${failed[*]}")" "What they said stands above. .venv/bin/ruff check --fix . and .venv/bin/ruff format . mend most of the style."
 fi

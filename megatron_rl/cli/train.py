@@ -1,7 +1,8 @@
 """`megatron-rl train`: train a policy, or look at what would be trained."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,7 +88,22 @@ def _run(settings: Settings, *, resume: bool) -> None:
     if state.step < steps:
         console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
         raise typer.Exit(STOPPED)
+    for line in _progress(folder):
+        console.print(line)
     console.print(f"{steps} steps are done: {folder} (look with megatron-rl report {folder})")
+
+
+def _progress(folder: Path) -> Iterator[str]:
+    """How much better the run has made its policy: each source's first evaluation and its last."""
+    from megatron_rl.observe.reading import RunReader
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in RunReader(folder).evaluations:
+        found.setdefault(line["name"], []).append(line)
+    for name, (first, *_, last) in ((name, lines) for name, lines in found.items() if len(lines) > 1):
+        average = next(metric for metric in first["metrics"] if metric.startswith("avg@"))
+        before, after = (f"{line['metrics'][average]:.3f} after {line['step']} steps" for line in (first, last))
+        yield f"{name}: {average} {before}, {after}"
 
 
 def _settings(config: Path | None, overrides: list[str], resume: Path | None) -> Settings:

@@ -20,6 +20,7 @@ from megatron_rl.rollout.bank.sealed import SealedStep
 from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
+from megatron_rl.rollout.health import Outdated
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session
 from megatron_rl.train.publishing import open_publisher, publish_to_pool
@@ -105,6 +106,7 @@ class Rollouts:
         served = Path(own[0].model) if own and (Path(own[0].model) / "config.json").is_file() else None
         vocabulary = policy.architecture.vocab
         self._publisher = open_publisher(policy, lambda url: Client(url, vocabulary, key), served)
+        self._version: int | None = None  # that servers have been brought
 
     def open(self) -> bool:
         """Wait until servers are up and everything is found well; False when the run is told to stop meanwhile."""
@@ -126,6 +128,7 @@ class Rollouts:
         return found
 
     def publish(self, version: int) -> dict[str, float]:
+        self._version = version
         pool = self._thread.session.pool if self._thread is not None else None
         on_pool = self._thread.wait if self._thread is not None else None
         report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
@@ -169,6 +172,16 @@ class Rollouts:
                 if future is not None:
                     future.cancel()
                 return None
+            if self._layout.agree(self._behind):
+                assert self._version is not None
+                self.publish(self._version)
+
+    @property
+    def _behind(self) -> bool:
+        """Has a server come back, or come new, that waits for the present weights? It may be all that there are."""
+        if self._thread is None or self._version is None:
+            return False
+        return any(isinstance(worker.health, Outdated) for worker in self._thread.session.pool.fleet.workers.values())
 
 
 @dataclass(frozen=True)

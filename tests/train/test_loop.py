@@ -1,6 +1,7 @@
 """Runs of reinforcement learning on a real server."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,48 @@ def test_ahead(tiny_server: TinyServer, tmp_path: Path) -> None:
     train(settings, observers=[notes])
     assert max(ages(tmp_path / "run" / "bank")) == 2
     assert [record.metrics["staleness/max"] for record in notes.steps] == ages(tmp_path / "run" / "bank")
+
+
+class Swap:
+    """An observer that takes a run's only server away after a step, and gives it back with other weights."""
+
+    def __init__(self, server: TinyServer, file: Path) -> None:
+        self.server, self.file = server, file
+
+    def started(self, run: RunRecord, step: int) -> None:
+        return
+
+    def step(self, record: StepRecord) -> None:
+        if record.step != 1:
+            return
+
+        async def reload() -> None:
+            async with self.server.client() as client:
+                await client.pause("abort")
+                await client.update_from_disk(str(self.server.other), "0")
+                await client.resume()
+
+        self.file.write_text("")
+        time.sleep(1.0)  # several looks at the file
+        asyncio.run(reload())
+        self.file.write_text(self.server.server.url)
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        return
+
+    def finished(self) -> None:
+        return
+
+
+def test_a_server_that_comes_back_gets_the_present_weights(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """As one that was killed and started anew. Nobody else could sample, so the step would wait for ever."""
+    file = tmp_path / "urls"
+    file.write_text(tiny_server.server.url)
+    settings = run_settings(tiny_server, tmp_path / "run", servers={"urls": [], "urls_file": file, "probe_seconds": 0.2})
+    notes = Notes()
+    train(settings, observers=[notes, Swap(tiny_server, file)])
+    assert [record.step for record in notes.steps] == [0, 1, 2, 3]
+    assert all(record.metrics["mismatch_max"] < CLOSE for record in notes.steps)
 
 
 def test_first_done(tiny_server: TinyServer, tmp_path: Path) -> None:
