@@ -108,7 +108,7 @@ class Swap:
         async def reload() -> None:
             async with self.server.client() as client:
                 await client.pause("abort")
-                await client.update_from_disk(str(self.server.other), "0")
+                await client.update_from_disk(str(self.server.other), 0)
                 await client.resume()
 
         self.file.write_text("")
