@@ -8,7 +8,19 @@ from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.rules import batch, data, evaluation, moe, observe, precision, publish, sampling, servers, training
+from megatron_rl.config.rules import (
+    batch,
+    data,
+    evaluation,
+    learning,
+    moe,
+    observe,
+    precision,
+    publish,
+    sampling,
+    servers,
+    training,
+)
 from megatron_rl.config.rules import layout as layout_rules
 from megatron_rl.config.rules.case import Case, Rule
 from megatron_rl.config.settings import LayoutSettings, PolicySettings, Settings
@@ -22,11 +34,12 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *sampling.RULES,
     *evaluation.RULES,
+    *learning.RULES,
     *servers.RULES,
     *publish.RULES,
     *observe.RULES,
 )
-WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS, *evaluation.WARNINGS)
+WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS, *evaluation.WARNINGS, *learning.WARNINGS)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:

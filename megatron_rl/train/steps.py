@@ -20,6 +20,7 @@ from megatron_rl.rollout.bank.sealed import SealedStep
 from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
+from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Outdated
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session
@@ -131,7 +132,10 @@ class Rollouts:
         self._version = version
         pool = self._thread.session.pool if self._thread is not None else None
         on_pool = self._thread.wait if self._thread is not None else None
-        report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
+        try:
+            report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
+        except UpdateFailed as error:
+            raise SamplingFailed(f"{error}\nWhat is finished is in the bank; go on with --resume.") from error
         differences = [outcome.difference for outcome in report.outcomes if outcome.difference is not None]
         return {
             "publish/seconds": report.seconds,

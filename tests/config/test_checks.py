@@ -136,6 +136,7 @@ UNWISE: dict[str, tuple[str, str | None]] = {
         'evaluation.every=5 evaluation.temperature=0 rewards=[{"name":"math"}] data.validation_sources=[{"path":"test.jsonl"}]',
         r"evaluation.samples = 4 with evaluation.temperature = 0: .*Set evaluation.samples=1",
     ),
+    "steps forgotten before they are saved": ("bank.keep_steps=5 checkpoint.every=10", r"bank.keep_steps = 5 with .* 10 steps"),
     "ends ruled out": ("sampling.min_new_tokens=5", r"sampling.min_new_tokens = 5: .*reward the length instead"),
     "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
 }

@@ -253,6 +253,14 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "sampling.max_tokens=9000",
         "sampling.max_tokens = 9000 with batch.max_tokens = 8192", "at most 8192",
     ),
+    "several updates on policy": (
+        "dense", 1, "objective.on_policy=true batch.epochs=2",
+        "objective.on_policy = true with batch.minibatches = 1 and batch.epochs = 2", "Set both to 1",
+    ),
+    "replay of nothing": (
+        "dense", 1, "bank.replay=nowhere",
+        "there is no bank in it (bank.json)", "runs/mine/bank",
+    ),
     "evaluation without prompts": (
         "dense", 1, 'evaluation.every=5 rewards=[{"name":"math"}]',
         "evaluation.every = 5: there are no validation prompts", "data.validation_share",

@@ -10,6 +10,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.observe.journal import Journal
 from megatron_rl.observe.records import EvaluationRecord, RunRecord, StepRecord
 from megatron_rl.rollout.bank.reader import BankReader
+from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.train.run import train
 from tests.servers import TinyServer
 from tests.train.runs import Run, learned, metrics, run_settings, state, written
@@ -183,7 +184,7 @@ def test_killed_runs_go_on_as_if_nothing_had_been(tiny_server: TinyServer, tmp_p
 
 
 def test_a_bank_without_the_step_is_refused(tiny_server: TinyServer, tmp_path: Path) -> None:
-    (tmp_path / "bank").mkdir()
+    Bank(tmp_path / "bank").close()
     settings = run_settings(tiny_server, tmp_path / "run", bank={"replay": tmp_path / "bank"})
     with pytest.raises(SettingsError, match=r"it has no step 0 \(it has none\)"):
         train(settings)

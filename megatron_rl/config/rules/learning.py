@@ -1,0 +1,37 @@
+"""Rules about how steps are learned from, and kept."""
+
+from collections.abc import Iterator
+
+from megatron_rl.config.rules.case import Case, Rule, problem
+
+
+def on_policy_is_one_update(case: Case) -> Iterator[str]:
+    batch = case.settings.batch
+    if case.settings.objective.on_policy and batch.minibatches * batch.epochs > 1:
+        yield problem(
+            f"objective.on_policy = true with batch.minibatches = {batch.minibatches} and batch.epochs = {batch.epochs}",
+            "after its first update the policy is no more the one whose ratios are 1",
+            "Set both to 1, or objective.on_policy=false",
+        )
+
+
+def replayed_bank_is_there(case: Case) -> Iterator[str]:
+    replay = case.settings.bank.replay
+    if replay is not None and not (replay / "bank.json").is_file():
+        yield problem(
+            f"bank.replay = {replay}", "there is no bank in it (bank.json)", "Name a run's bank folder, such as runs/mine/bank"
+        )
+
+
+def kept_steps_reach_back_to_the_checkpoint(case: Case) -> Iterator[str]:
+    keep, every = case.settings.bank.keep_steps, case.settings.checkpoint.every or case.settings.run.steps
+    if keep is not None and keep < every:
+        yield problem(
+            f"bank.keep_steps = {keep} with a checkpoint every {every} steps",
+            "a killed run learns again from the steps since its checkpoint, and those no more kept are sampled anew",
+            f"Set bank.keep_steps to at least {every}, or checkpoint.every to at most {keep}",
+        )
+
+
+RULES: tuple[Rule, ...] = (on_policy_is_one_update, replayed_bank_is_there)
+WARNINGS: tuple[Rule, ...] = (kept_steps_reach_back_to_the_checkpoint,)
