@@ -49,7 +49,7 @@ KNOWN: dict[str, Meaning] = {
     "response/longest": Meaning("longest response", "Most tokens that the policy wrote in a sample.", "tokens"),
     "response/cut_off": Meaning("cut off", "Share of responses that a length limit ended.", "share"),
     "sample/failed": Meaning("without reward", "Share of samples whose reward could not be found out.", "share"),
-    "rate/tokens": Meaning("tokens/s", "Tokens of the step, prompts included, by the seconds of the step.", "tokens/s"),
+    "rate/tokens": Meaning("throughput", "Tokens of the step, prompts included, by the seconds of the step.", "tokens/s"),
     "rate/sample": Meaning("sampling", "Tokens that the policy wrote, by the seconds of sampling.", "tokens/s"),
     "rate/old": Meaning("scoring", "Tokens by the seconds of old log-probs.", "tokens/s"),
     "rate/update": Meaning("updating", "Tokens by the seconds of updates.", "tokens/s"),

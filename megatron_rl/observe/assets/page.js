@@ -13,7 +13,7 @@ function headline({ name, title, text, unit }) {
   const curve = data.curves.named[name].mean, known = curve.filter((value) => value !== null);
   const now = known.length ? known[known.length - 1] : null, first = known.length ? known[0] : null;
   return h("div", { class: "tile", tabindex: 0, "data-tip": text },
-    h("span", { class: "name" }, title), h("b", {}, ...withSmallUnit(format(now, unit))), known.length > 1 ? h("span", { class: "from" }, `from ${format(first, unit)}`) : null);
+    h("span", { class: "name" }, title), h("b", {}, ...withSmallUnit(format(now, unit))), known.length > 1 ? h("span", { class: "from" }, `from ${unit === "share" ? format(first, unit) : format(first, unit).split(" ")[0]}`) : null);
 }
 
 // The number, and what it counts in small letters behind it.
