@@ -23,6 +23,7 @@ KNOWN: dict[str, Meaning] = {
     "loss": Meaning("loss", "What the optimizer steps on, penalties included. Its level says little, jumps say much."),
     "negative_log_likelihood": Meaning("−log p", "Mean −log p of the tokens to be learned.", "nats"),
     "grad_norm": Meaning("gradient norm", "Norm of the whole gradient before it is clipped."),
+    "skipped_updates": Meaning("skipped updates", "Optimizer steps left out: the loss or the gradient was not finite."),
     "lr": Meaning("learning rate", "Of the last optimizer step."),
     "clip_fraction": Meaning("clipped", "Share of sequences whose gradient the clip took away.", "share"),
     "clip_fraction_tokens": Meaning("clipped, by tokens", "Share of tokens whose gradient the clip took away.", "share"),

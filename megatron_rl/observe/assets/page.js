@@ -60,10 +60,11 @@ function evaluationPanel() {
   if (!data.evaluations.length) return panel("evaluation", "Evaluation", lead, missing("Nothing has been evaluated yet: either it is not due, or no held-out set is given."));
   const text = "avg@k: mean score of k answers. pass@k: one of k is right. maj@k: the answer that most of k give is right.";
   return panel("evaluation", "Evaluation", lead, data.evaluations.map((each) => {
-    const series = each.metrics.map((name) => ({ name, title: name, text }));
-    const shares = each.metrics.every((name) => each.named[name].mean.every((value) => value === null || (value >= 0 && value <= 1)));
+    const scores = each.metrics.filter((name) => name.includes("@")), drawn = scores.length ? scores : each.metrics; // the table has all
+    const series = drawn.map((name) => ({ name, title: name, text }));
+    const shares = drawn.every((name) => each.named[name].mean.every((value) => value === null || (value >= 0 && value <= 1)));
     const chart = { title: each.name, text, unit: shares ? "share" : "", series, apart: each.apart };
-    const rows = each.steps.map((step, at) => [`step ${step}`, ...each.metrics.map((name) => format(each.named[name].mean[at], chart.unit))]);
+    const rows = each.steps.map((step, at) => [`step ${step}`, ...each.metrics.map((name) => format(each.named[name].mean[at], drawn.includes(name) ? chart.unit : ""))]);
     return h("div", { class: "charts two" }, new LineChart(chart, each, { dots: true, id: `evaluation-${each.name}` }).element,
       h("div", { class: "chart" }, table(["after", ...each.metrics], rows.reverse().slice(0, 12), `${each.name}, the newest first`),
         each.results ? h("p", { class: "lead" }, "What came of every prompt: ", h("code", {}, each.results)) : null));
