@@ -7,7 +7,7 @@ from megatron_rl.observe.vocabulary import meaning
 
 # Shown large at the top of the page, where a run has them.
 HEADLINES = (
-    "reward/mean", "clip_fraction", "entropy", "old_k3", "mismatch_k3", "response/tokens", "grad_norm", "rate/tokens",
+    "reward/mean", "clip_fraction", "entropy", "old_k3", "mismatch_k3", "response/tokens", "rate/tokens",
 )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ class MadeRun:
     layers: int = 4
     experts: int = 16
     evaluate_every: int = 10
+    seed: int = 7
     traced: Sequence[Sequence[SequenceTrace]] = ()  # of the last steps
 
     def tell(self, observer: Observer, first: int, stop: int, steps: int | None = None) -> None:
@@ -93,7 +94,7 @@ class MadeRun:
             observer.finished()
 
     def record(self, step: int, stop: int) -> StepRecord:
-        rng = np.random.default_rng([7, step])
+        rng = np.random.default_rng([self.seed, step])
         place = step - (stop - len(self.traced))
         tokens = rng.multinomial(4096, rng.dirichlet(np.full(self.experts, 4.0)), self.layers) if self.experts else None
         traces = self.traced[place] if place >= 0 else (small_trace(step),) if step % 2 else ()

@@ -72,6 +72,17 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path: Path, 
     assert starts[0]["finished"] is None and starts[1]["finished"] is not None
 
 
+def test_what_a_resumed_run_will_do_again_is_gone_when_it_starts(tmp_path: Path) -> None:
+    """At once: nobody reads steps of a past that did not happen. What was evaluated of the weights it goes on with, stays."""
+    MadeRun(evaluate_every=3).tell(Journal(tmp_path), 0, 8, steps=9)
+    Journal(tmp_path).started(run_record(), 3)
+    folder = Folder(tmp_path)
+    for path in (folder.metrics, folder.timeline, folder.experts):
+        assert [line["step"] for line in lines.read(path)] == [0, 1, 2]
+    assert [line["step"] for line in lines.read(folder.evaluations)] == [0, 3]
+    assert list(folder.traced()) == [1]
+
+
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.started(run_record(), 0)

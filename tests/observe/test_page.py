@@ -30,9 +30,11 @@ NO_BANK = SampleBrowser(None)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a bank; tests only read it."""
+    """A run with a bank, whose steps are of many row groups as large ones are; tests only read it."""
     folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "run", folder / "tokenizer", steps=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_rl.rollout.bank.sealed.ROW_GROUP_BYTES", 1)
+        write_run(folder / "run", folder / "tokenizer", steps=6)
     return folder / "run"
 
 

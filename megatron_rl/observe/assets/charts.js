@@ -68,18 +68,21 @@ class LineChart {
     const all = this.series.flatMap((each) => [...each.mean, ...(each.low || []), ...(each.high || [])]).filter((value) => value !== null);
     let low = Math.min(...all), high = Math.max(...all);
     if (!all.length) [low, high] = [0, 1];
+    this.most = high;
     const size = Math.max(Math.abs(high), Math.abs(low)); // a line that is flat but for rounding lies in the middle
-    if (high - low <= size * 1e-5) [low, high] = [low - (size * 0.1 || 1), high + (size * 0.1 || 1)];
+    if (size === 0) high = 1;
+    else if (high - low <= size * 1e-5) [low, high] = [low - size * 0.1, high + size * 0.1];
     if (low > 0 && low < high * 0.35) low = 0;
-    const air = (high - low) * 0.06;
-    return [low === 0 ? 0 : low - air, high + air];
+    const air = (high - low) * 0.06, most = this.chart.unit === "share" && this.most <= 1 ? 1 + air : Infinity;
+    return [low === 0 ? 0 : low - air, Math.min(high + air, most)];
   }
 
   draw() {
     const width = this.plot.clientWidth, height = this.plot.clientHeight;
     if (!width || !height) return;
     const unit = this.chart.unit, [low, high] = this.range();
-    const marks = niceTicks(low, high, 4), texts = ticks(marks, unit);
+    const scale = unit === "bytes" ? 2 ** -30 : 1;
+    const marks = niceTicks(low * scale, high * scale, 4).map((value) => value / scale), texts = ticks(marks, unit);
     const left = 12 + 6.4 * Math.max(0, ...texts.map((text) => text.length)), right = 8, top = 6, bottom = 20;
     const first = this.steps[0], last = this.steps[this.steps.length - 1];
     this.x = (step) => left + (last === first ? 0.5 : (step - first) / (last - first)) * (width - left - right);

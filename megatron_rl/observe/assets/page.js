@@ -13,7 +13,7 @@ function headline({ name, title, text, unit }) {
   const curve = data.curves.named[name].mean, known = curve.filter((value) => value !== null);
   const now = known.length ? known[known.length - 1] : null, first = known.length ? known[0] : null;
   return h("div", { class: "tile", tabindex: 0, "data-tip": text },
-    h("span", { class: "name" }, title), h("b", {}, ...withSmallUnit(format(now, unit))), known.length > 1 ? h("span", { class: "from" }, `from ${format(first, unit)}`) : null);
+    h("span", { class: "name" }, title), h("b", {}, ...withSmallUnit(format(now, unit))), known.length > 1 ? h("span", { class: "from" }, `from ${unit === "share" ? format(first, unit) : format(first, unit).split(" ")[0]}`) : null);
 }
 
 // The number, and what it counts in small letters behind it.
@@ -60,10 +60,11 @@ function evaluationPanel() {
   if (!data.evaluations.length) return panel("evaluation", "Evaluation", lead, missing("Nothing has been evaluated yet: either it is not due, or no held-out set is given."));
   const text = "avg@k: mean score of k answers. pass@k: one of k is right. maj@k: the answer that most of k give is right.";
   return panel("evaluation", "Evaluation", lead, data.evaluations.map((each) => {
-    const series = each.metrics.map((name) => ({ name, title: name, text }));
-    const shares = each.metrics.every((name) => each.named[name].mean.every((value) => value === null || (value >= 0 && value <= 1)));
+    const scores = each.metrics.filter((name) => name.includes("@")), drawn = scores.length ? scores : each.metrics; // the table has all
+    const series = drawn.map((name) => ({ name, title: name, text }));
+    const shares = drawn.every((name) => each.named[name].mean.every((value) => value === null || (value >= 0 && value <= 1)));
     const chart = { title: each.name, text, unit: shares ? "share" : "", series, apart: each.apart };
-    const rows = each.steps.map((step, at) => [`step ${step}`, ...each.metrics.map((name) => format(each.named[name].mean[at], chart.unit))]);
+    const rows = each.steps.map((step, at) => [`step ${step}`, ...each.metrics.map((name) => format(each.named[name].mean[at], drawn.includes(name) ? chart.unit : ""))]);
     return h("div", { class: "charts two" }, new LineChart(chart, each, { dots: true, id: `evaluation-${each.name}` }).element,
       h("div", { class: "chart" }, table(["after", ...each.metrics], rows.reverse().slice(0, 12), `${each.name}, the newest first`),
         each.results ? h("p", { class: "lead" }, "What came of every prompt: ", h("code", {}, each.results)) : null));

@@ -5,7 +5,7 @@ const PHASES = ["sample", "update", "old", "score", "publish", "wait", "evaluate
 
 function phaseColour(name) {
   const known = PHASES.indexOf(name);
-  return known >= 0 ? known % 8 : [...name].reduce((sum, letter) => sum + letter.charCodeAt(0), 0) % 8;
+  return known >= 0 ? known : [...name].reduce((sum, letter) => sum + letter.charCodeAt(0), 0) % PHASES.length;
 }
 
 function phaseKey(names) {
