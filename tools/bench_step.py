@@ -79,7 +79,7 @@ def bench_settings(arguments: argparse.Namespace, folder: Path, url: str) -> Set
             "batch": {"max_tokens": 2048},
             "data": {"sources": [{"path": "task:arithmetic"}]},
             "rewards": [{"name": "length", "options": {"high": arguments.tokens}}],
-            "sampling": {"groups": arguments.groups, "group_size": SIZE, "max_new_tokens": arguments.tokens},
+            "sampling": {"groups": arguments.groups, "group_size": SIZE, "max_new_tokens": arguments.tokens, "max_tokens": 512},
             "servers": {"urls": [url]},
             "observe": {"look_every": 0},
             "run": {"directory": folder / "run", "steps": arguments.steps},

@@ -1,6 +1,6 @@
 """The main loop: prompts to groups of responses, groups to updates, new weights to the servers, again and again.
 
-    for each step:  collect → learn → publish → save → evaluate → tell
+    for each step:  collect → learn → publish → evaluate → tell → save
 
 Every rank runs it. Servers sample for the main rank, in a thread beside it (`sampling`); what is sampled goes through the
 bank on disk, from which every rank reads its own rows. Killed at any moment, a run goes on from its last checkpoint: steps
@@ -80,12 +80,12 @@ class Trainer:
         self.state = self.state.after(arrived.position, self.learner.initial_entropy)
         due = self.evaluations is not None and self.evaluations.due(self.state.step)
         published = {} if self._idle and not due else self._publish()
-        self._save()
         if due:
             self._evaluate()
         record = step_record(self.policy, arrived, report, published, self._clock.take())
         for observer in self.observers:
             observer.step(record)
+        self._save()  # last: what a checkpoint has behind it has been told, and what it has not will be told anew
 
     # -- parts of a step -----------------------------------------------------------------------------------------------
 
