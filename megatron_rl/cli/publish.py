@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -72,6 +73,7 @@ def publish(
     - `megatron-rl publish step_00000200 --like Qwen3-30B-A3B-FP8 --served Qwen3-30B-A3B-FP8 --server http://node1:30000`
     """
     with told_to_the_user():
+        _require_urls(server)
         settings = PublishSettings(transport=transport, folder=shared, dtype=dtype, bucket_bytes=bucket_mb * 2**20, probe=False)
         key = _read_key(api_key_file)
         from megatron_rl.rollout.client import Client
@@ -158,6 +160,13 @@ def _number(source: "Source", present: Sequence[int]) -> int:
     return source.files.step if isinstance(source, MegatronSource) else max(present, default=0) + 1
 
 
+def _require_urls(servers: Sequence[str]) -> None:
+    for url in servers:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(f"--server {url}: expected a server's address, such as http://127.0.0.1:30000")
+
+
 def _read_key(path: Path | None) -> str | None:
     if path is None:
         return None
@@ -173,5 +182,8 @@ def _show(report: "Report", console: Console) -> None:
         has = f"{report.version}" if outcome.url in report.serving else "—"
         table.add_row(outcome.url, has, f"{outcome.paused:.2f} s", outcome.failure or outcome.result)
     console.print(table)
+    if report.way is None:
+        console.print("nothing was sent: no server that answers needs these weights")
+        return
     rate = report.bytes / report.seconds / 1e6
-    console.print(f"{report.bytes / 1e6:.0f} MB by {report.way or 'nothing'} in {report.seconds:.1f} s, {rate:.0f} MB/s")
+    console.print(f"{report.bytes / 1e6:.0f} MB by {report.way} in {report.seconds:.1f} s, {rate:.0f} MB/s")

@@ -156,7 +156,9 @@ class MegatronSource(Source):
                 )
         if problems:
             shown = "; ".join(problems[:5]) + ("; …" if len(problems) > 5 else "")
-            raise CheckpointError(f"checkpoint {self.folder} cannot be converted: {shown}")
+            raise CheckpointError(
+                f"checkpoint {self.folder} does not fit together: {shown}. Copy it again, or use another one."
+            )
 
     def megatron(self, name: str, box: Box) -> Tensor:
         sources = self.files.sources(name, self.weight_map.rules[name].shape, None, box)
