@@ -1,6 +1,6 @@
 """`megatron-rl publish`: the weights of a checkpoint to servers that run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -15,7 +15,8 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.publish_settings import PublishSettings
 
 if TYPE_CHECKING:
-    from megatron_rl.weights.publish.ports import Connect
+    from megatron_rl.rollout.client import Client
+    from megatron_rl.rollout.replies import ServerInfo
     from megatron_rl.weights.publish.report import Report
     from megatron_rl.weights.sources import Source
 
@@ -29,7 +30,8 @@ Servers = Annotated[list[str], typer.Option("--server", metavar="URL", help="A s
 Version = Annotated[
     int | None,
     typer.Option(
-        help="Number of these weights; default: a checkpoint's step, else one above the servers'.", show_default=False
+        help="Number of these weights; default: a run's step, else one above the servers'.",
+        show_default=False,
     ),
 ]
 Travel = Annotated[Literal["auto", "disk", "broadcast", "tensor"], typer.Option(help="How they travel: see docs/publish.md.")]
@@ -64,7 +66,8 @@ def publish(
     """Push the weights of a checkpoint to SGLang servers that run, without ending them or what they are asked.
 
     Servers pause, take the weights, are told their version, and go on. One that fails is put aside, paused and empty of
-    requests, and the others go on; the exit code is then 1.
+    requests, and the others go on; the exit code is then 1. No model is built here, so that the servers' log-probs are not
+    compared with anybody's, as they are when a run publishes.
 
     **Examples**
 
@@ -105,7 +108,7 @@ def _publish(
     settings: PublishSettings,
     urls: Sequence[str],
     version: int | None,
-    connect: "Connect",
+    connect: "Callable[[str], Client]",
     quantization: Mapping[str, Any] | None,
     pause: Literal["abort", "retract", "in_place"],
 ) -> "Report":
@@ -128,7 +131,10 @@ def _publish(
     )
 
     async def run() -> "Report":
-        number = _number(source, await _versions(urls, connect)) if version is None else version
+        answers = await _answers(urls, connect)
+        _require_same_model(source, answers)
+        present = [info.version for info in answers.values() if info.version is not None]
+        number = _number(source, present) if version is None else version
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(f"weights {number}", total=publisher.bytes)
 
@@ -142,22 +148,42 @@ def _publish(
     return report
 
 
-async def _versions(urls: Sequence[str], connect: "Connect") -> list[int]:
-    """Those that servers have; one that does not answer is the publish's to tell of."""
-    found = []
+async def _answers(urls: Sequence[str], connect: "Callable[[str], Client]") -> "dict[str, ServerInfo]":
+    """What servers say of themselves; one that does not answer is the publish's to tell of."""
+    found = {}
     for url in urls:
         try:
             async with connect(url) as server:
-                found.append((await server.server_info()).version)
+                found[url] = await server.server_info()
         except RuntimeError:
             continue
-    return [version for version in found if version is not None]
+    return found
+
+
+def _require_same_model(source: "Source", answers: "Mapping[str, ServerInfo]") -> None:
+    """Tensors of other shapes can end a server. Known beforehand where its model lies on a disk that is seen from here."""
+    from megatron_rl.config.families import read_architecture
+    from megatron_rl.weights.map import WeightMap
+
+    ours = {name: entry.shape for name, entry in source.weight_map.hf.items()}
+    for url, info in answers.items():
+        if (Path(info.model) / "config.json").is_file():
+            theirs = {name: entry.shape for name, entry in WeightMap(read_architecture(Path(info.model))).hf.items()}
+            differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+            if differing:
+                raise SettingsError(
+                    f"{url} serves {info.model}, whose tensors are not those of {source.folder}: {len(differing)} differ, "
+                    f"{differing[0]} is one. Publish a checkpoint of the model that it serves."
+                )
 
 
 def _number(source: "Source", present: Sequence[int]) -> int:
+    """A checkpoint of weights alone, which conversion makes, is of no step."""
     from megatron_rl.weights.sources import MegatronSource
 
-    return source.files.step if isinstance(source, MegatronSource) else max(present, default=0) + 1
+    if isinstance(source, MegatronSource) and not source.files.manifest.get("weights_only"):
+        return source.files.step
+    return max(present, default=0) + 1
 
 
 def _require_urls(servers: Sequence[str]) -> None:

@@ -248,6 +248,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "truncated": (cut, "is cut short"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "fewer layers": (lambda f: other_config(f, num_hidden_layers=5), "missing"),
+    "more layers": (lambda f: other_config(f, num_hidden_layers=2), r"not known to the model .model\.layers\.2\."),
     "other width": (lambda f: other_config(f, intermediate_size=100), r"config.json describes \[100, 64\]"),
     "FP8 in words": (
         lambda f: other_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
