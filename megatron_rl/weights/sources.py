@@ -190,6 +190,8 @@ def open_source(folder: Path, description: Path | None = None) -> Source:
         raise CheckpointError(f"{folder} does not exist: name a Hugging Face folder, or a Megatron checkpoint (step_…)")
     if description is not None:
         raise CheckpointError(f"{folder} is a Hugging Face folder and has a config.json of its own: --like is for checkpoints")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'} does not exist: it says what the weights are. Fetch it as well.")
     return HfSource(folder)
 
 

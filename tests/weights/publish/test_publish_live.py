@@ -182,14 +182,15 @@ def test_the_command(tiny_server: TinyServer, tmp_path: Path) -> None:
     assert "updated" in result.output and "by disk" in result.output
 
     run(serves(url, tiny_server.other, 1))  # one above the server's own
-    result = CliRunner().invoke(app, ["publish", str(tiny_server.other), "--server", url, "--server", "http://127.0.0.1:9"])
+    servers = ["--server", url, "--server", "http://127.0.0.1:9"]
+    result = CliRunner().invoke(app, ["publish", str(tiny_server.other), *servers, "--version", "40"])
     assert result.exit_code == 1
     assert "updated" in result.output and "All connection attempts failed" in result.output
 
     convert(Conversion(tiny_server.model, tmp_path / "converted", "megatron"))
     result = CliRunner().invoke(app, ["publish", str(tmp_path / "converted"), "--server", url, "--transport", "broadcast"])
     assert result.exit_code == 0, result.output
-    run(serves(url, tiny_server.model, 3))  # these weights are of no step either
+    run(serves(url, tiny_server.model, 41))  # these weights are of no step either
 
 
 def test_a_server_killed_in_the_middle_of_a_publish(more: More, tiny_server: TinyServer, cluster: Cluster) -> None:
