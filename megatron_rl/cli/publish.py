@@ -1,8 +1,9 @@
 """`megatron-rl publish`: the weights of a checkpoint to servers that run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -14,7 +15,8 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.publish_settings import PublishSettings
 
 if TYPE_CHECKING:
-    from megatron_rl.weights.publish.ports import Connect
+    from megatron_rl.rollout.client import Client
+    from megatron_rl.rollout.replies import ServerInfo
     from megatron_rl.weights.publish.report import Report
     from megatron_rl.weights.sources import Source
 
@@ -28,7 +30,8 @@ Servers = Annotated[list[str], typer.Option("--server", metavar="URL", help="A s
 Version = Annotated[
     int | None,
     typer.Option(
-        help="Number of these weights; default: a checkpoint's step, else one above the servers'.", show_default=False
+        help="Number of these weights; default: a run's step, else one above the servers'.",
+        show_default=False,
     ),
 ]
 Travel = Annotated[Literal["auto", "disk", "broadcast", "tensor"], typer.Option(help="How they travel: see docs/publish.md.")]
@@ -63,7 +66,8 @@ def publish(
     """Push the weights of a checkpoint to SGLang servers that run, without ending them or what they are asked.
 
     Servers pause, take the weights, are told their version, and go on. One that fails is put aside, paused and empty of
-    requests, and the others go on; the exit code is then 1.
+    requests, and the others go on; the exit code is then 1. No model is built here, so that the servers' log-probs are not
+    compared with anybody's, as they are when a run publishes.
 
     **Examples**
 
@@ -72,6 +76,7 @@ def publish(
     - `megatron-rl publish step_00000200 --like Qwen3-30B-A3B-FP8 --served Qwen3-30B-A3B-FP8 --server http://node1:30000`
     """
     with told_to_the_user():
+        _require_urls(server)
         settings = PublishSettings(transport=transport, folder=shared, dtype=dtype, bucket_bytes=bucket_mb * 2**20, probe=False)
         key = _read_key(api_key_file)
         from megatron_rl.rollout.client import Client
@@ -103,7 +108,7 @@ def _publish(
     settings: PublishSettings,
     urls: Sequence[str],
     version: int | None,
-    connect: "Connect",
+    connect: "Callable[[str], Client]",
     quantization: Mapping[str, Any] | None,
     pause: Literal["abort", "retract", "in_place"],
 ) -> "Report":
@@ -126,7 +131,10 @@ def _publish(
     )
 
     async def run() -> "Report":
-        number = _number(source, await _versions(urls, connect)) if version is None else version
+        answers = await _answers(urls, connect)
+        _require_same_model(source, answers)
+        present = [info.version for info in answers.values() if info.version is not None]
+        number = _number(source, present) if version is None else version
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(f"weights {number}", total=publisher.bytes)
 
@@ -140,22 +148,49 @@ def _publish(
     return report
 
 
-async def _versions(urls: Sequence[str], connect: "Connect") -> list[int]:
-    """Those that servers have; one that does not answer is the publish's to tell of."""
-    found = []
+async def _answers(urls: Sequence[str], connect: "Callable[[str], Client]") -> "dict[str, ServerInfo]":
+    """What servers say of themselves; one that does not answer is the publish's to tell of."""
+    found = {}
     for url in urls:
         try:
             async with connect(url) as server:
-                found.append((await server.server_info()).version)
+                found[url] = await server.server_info()
         except RuntimeError:
             continue
-    return [version for version in found if version is not None]
+    return found
+
+
+def _require_same_model(source: "Source", answers: "Mapping[str, ServerInfo]") -> None:
+    """Tensors of other shapes can end a server. Known beforehand where its model lies on a disk that is seen from here."""
+    from megatron_rl.config.families import read_architecture
+    from megatron_rl.weights.map import WeightMap
+
+    ours = {name: entry.shape for name, entry in source.weight_map.hf.items()}
+    for url, info in answers.items():
+        if (Path(info.model) / "config.json").is_file():
+            theirs = {name: entry.shape for name, entry in WeightMap(read_architecture(Path(info.model))).hf.items()}
+            differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+            if differing:
+                raise SettingsError(
+                    f"{url} serves {info.model}, whose tensors are not those of {source.folder}: {len(differing)} differ, "
+                    f"{differing[0]} is one. Publish a checkpoint of the model that it serves."
+                )
 
 
 def _number(source: "Source", present: Sequence[int]) -> int:
+    """A checkpoint of weights alone, which conversion makes, is of no step."""
     from megatron_rl.weights.sources import MegatronSource
 
-    return source.files.step if isinstance(source, MegatronSource) else max(present, default=0) + 1
+    if isinstance(source, MegatronSource) and not source.files.manifest.get("weights_only"):
+        return source.files.step
+    return max(present, default=0) + 1
+
+
+def _require_urls(servers: Sequence[str]) -> None:
+    for url in servers:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(f"--server {url}: expected a server's address, such as http://127.0.0.1:30000")
 
 
 def _read_key(path: Path | None) -> str | None:
@@ -173,5 +208,8 @@ def _show(report: "Report", console: Console) -> None:
         has = f"{report.version}" if outcome.url in report.serving else "—"
         table.add_row(outcome.url, has, f"{outcome.paused:.2f} s", outcome.failure or outcome.result)
     console.print(table)
+    if report.way is None:
+        console.print("nothing was sent: no server that answers needs these weights")
+        return
     rate = report.bytes / report.seconds / 1e6
-    console.print(f"{report.bytes / 1e6:.0f} MB by {report.way or 'nothing'} in {report.seconds:.1f} s, {rate:.0f} MB/s")
+    console.print(f"{report.bytes / 1e6:.0f} MB by {report.way} in {report.seconds:.1f} s, {rate:.0f} MB/s")

@@ -29,8 +29,11 @@ class ConversionState:
         self.found: bool | None = None  # an earlier start's work: kept (True), removed (False), or none was there
 
     def __enter__(self) -> Self:
-        (self.partial / FOLDER).mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.partial / FOLDER / "lock", "w")  # noqa: SIM115: open as long as this is entered
+        try:
+            (self.partial / FOLDER).mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.partial / FOLDER / "lock", "w")  # open as long as this is entered
+        except OSError as error:
+            raise CheckpointError(f"{self.partial} cannot be made: {error.strerror}. Name another folder with --to.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

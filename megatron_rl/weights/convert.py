@@ -239,8 +239,8 @@ def convert(
 
 def _require_new(conversion: Conversion, overwrite: bool) -> None:
     source, target = conversion.source.resolve(), conversion.target.resolve()
-    if source == target or source in target.parents:
-        raise CheckpointError(f"{target} is, or lies in, what is converted. Name another folder.")
+    if source == target or source in target.parents or target in source.parents:
+        raise CheckpointError(f"{target} is what is converted, lies in it or holds it. Name another folder.")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already. Name another folder, or replace it with --overwrite.")
     if target.exists() and not ((target / "config.json").is_file() or (target / MANIFEST).is_file()):

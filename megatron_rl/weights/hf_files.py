@@ -110,7 +110,7 @@ class HfFolder:
         """The map in the form that this checkpoint has, once its names are those of the architecture."""
         weight_map = WeightMap(architecture, form_of(self.names))
         missing = [name for name in weight_map.hf if name not in self.names]
-        extra = sorted(name for name in self.tensors if name not in weight_map.hf and not weight_map.is_extra(name))
+        extra = [name for name in self.extras(weight_map) if not weight_map.is_extra(name, self.names)]
         if missing or extra:
             wrong = [
                 f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

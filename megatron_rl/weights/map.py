@@ -104,16 +104,20 @@ class WeightMap:
             if piece.hf == hf:
                 yield Part(piece.hf_box, entry.rule.megatron, piece.box)
 
-    def is_extra(self, name: str) -> bool:
-        """May a checkpoint hold this tensor although no rule names it?
+    def is_extra(self, name: str, names: Collection[str]) -> bool:
+        """May a checkpoint with these tensors hold this one although no rule names it?
 
         Multi-token prediction layers stand behind the decoder's own and are not trained; rotary tables are computed; the
-        output layer of a tied model is the embedding.
+        output layer of a tied model is the embedding. A decoder's layer that the config does not count is no extra.
         """
         layer = _LAYER.match(name)
-        behind = layer is not None and int(layer[1]) >= self.architecture.layers
+        predicts = (
+            layer is not None
+            and int(layer[1]) >= self.architecture.layers
+            and f"{layer[0]}eh_proj.weight" in names  # which joins the next token's embedding to the hidden state
+        )
         tied = self.architecture.tied_embeddings and name == "lm_head.weight"
-        return behind or tied or _COMPUTED.fullmatch(name) is not None
+        return predicts or tied or _COMPUTED.fullmatch(name) is not None
 
     # -- where things lie on ranks -------------------------------------------------------------------------------------
 

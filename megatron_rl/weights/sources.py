@@ -156,7 +156,9 @@ class MegatronSource(Source):
                 )
         if problems:
             shown = "; ".join(problems[:5]) + ("; …" if len(problems) > 5 else "")
-            raise CheckpointError(f"checkpoint {self.folder} cannot be converted: {shown}")
+            raise CheckpointError(
+                f"checkpoint {self.folder} does not fit together: {shown}. Copy it again, or use another one."
+            )
 
     def megatron(self, name: str, box: Box) -> Tensor:
         sources = self.files.sources(name, self.weight_map.rules[name].shape, None, box)
@@ -188,6 +190,8 @@ def open_source(folder: Path, description: Path | None = None) -> Source:
         raise CheckpointError(f"{folder} does not exist: name a Hugging Face folder, or a Megatron checkpoint (step_…)")
     if description is not None:
         raise CheckpointError(f"{folder} is a Hugging Face folder and has a config.json of its own: --like is for checkpoints")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'} does not exist: it says what the weights are. Fetch it as well.")
     return HfSource(folder)
 
 

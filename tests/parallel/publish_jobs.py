@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 
 SECONDS = 120.0  # a publish that hangs fails
-PROMPT_LENGTH, ENDURING = 8, 384  # tokens of a request and of its response, which takes longer than a publish takes to pause
+PROMPT_LENGTH, ENDURING = 8, 384  # tokens of a request and of its response, which no server can finish in the blink of an eye
 
 
 def open_policy(launch: Launch, settings: dict[str, Any]) -> tuple[Policy, Publisher]:
@@ -70,7 +70,7 @@ class Survived:
 def publish_while_a_server_dies(
     launch: Launch, settings: dict[str, Any], survivor: str, victim: Victim, demands: Demands
 ) -> Survived | None:
-    """A pool of two servers, one rank sending to each; requests are under way. Returned on rank 0, which has the pool."""
+    """A pool of two servers, a rank sending to each; requests are under way when they pause. Rank 0 has the pool, and tells."""
     _, publisher = open_policy(launch, settings)
 
     def tell(done: int, total: int) -> None:
@@ -89,8 +89,16 @@ def publish_while_a_server_dies(
         servers = ServerSettings(urls=(victim.url, survivor), probe_seconds=0.2, piece=4)
         async with Pool(servers, demands) as pool:
             await pool.begin()
-            prompts, requests = await _under_way(pool, demands.vocabulary)
+            generator, requests = np.random.default_rng(0), list[asyncio.Task[Generation]]()
+            prompts = [generator.integers(0, demands.vocabulary, PROMPT_LENGTH).tolist() for _ in range(8)]
+
+            async def begin() -> None:
+                requests.extend(_requests(pool, prompts))
+                await _under_way(pool)
+
+            plain, publisher.connect = publisher.connect, lambda url: _Beginning(url, demands.vocabulary, begin)
             during = await in_time(pool, tell)
+            publisher.connect = plain
             version, health = pool.fleet.version, {url: name(worker.health) for url, worker in pool.fleet.workers.items()}
             responses = list(await asyncio.gather(*requests))
             with Server.start(victim.options, int(victim.url.rpartition(":")[2])) as again:
@@ -105,15 +113,25 @@ def publish_while_a_server_dies(
     return asyncio.run(lead()) if launch.rank == 0 else asyncio.run(follow())
 
 
-async def _under_way(pool: Pool, vocabulary: int) -> tuple[list[list[int]], list[asyncio.Task[Generation]]]:
-    """Long requests that both servers of a pool have begun."""
-    generator = np.random.default_rng(0)
-    prompts = [generator.integers(0, vocabulary, PROMPT_LENGTH).tolist() for _ in range(8)]
-    requests = _requests(pool, prompts)
-    while not all(worker.attempts for worker in pool.fleet.workers.values()):
+class _Beginning(Client):
+    """A client that brings requests under way before its server joins a group: late in a publish, just before servers pause."""
+
+    def __init__(self, url: str, vocabulary: int, begin: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(url, vocabulary)
+        self._begin = begin
+
+    async def join_group(self, *arguments: Any, **options: Any) -> None:
+        await self._begin()
+        await super().join_group(*arguments, **options)
+
+
+async def _under_way(pool: Pool) -> None:
+    """Wait until each server has sampled for requests of the pool: it has answered one that came after them."""
+    workers = pool.fleet.workers.values()
+    while not all(worker.attempts for worker in workers):
         await asyncio.sleep(0.01)
-    await asyncio.sleep(0.3)
-    return prompts, requests
+    short = Sampling(max_new_tokens=8, ignore_end=True)
+    await asyncio.gather(*(worker.client.generate([1, 2, 3], short, cache_key="after them") for worker in workers))
 
 
 def _requests(pool: Pool, prompts: Sequence[Sequence[int]]) -> list[asyncio.Task[Generation]]:

@@ -1,4 +1,4 @@
-"""`megatron-rl convert` as a user meets it."""
+"""`megatron-rl convert` as a user meets it, and what `megatron-rl publish` says where no server is needed to know better."""
 
 import json
 from pathlib import Path
@@ -65,3 +65,11 @@ def test_logits_of_another_model_are_found(tmp_path: Path) -> None:
     from megatron_rl.policy.verify_logits import verify_logits
 
     assert verify_logits(megatron, source) < 1e-5 < 1e-3 < verify_logits(other, source)
+
+
+def test_publish_says_what_it_wants_and_what_it_did_not_do(tmp_path: Path) -> None:
+    write_tiny_checkpoint("qwen3", tmp_path / "model")
+    wrong = CliRunner().invoke(app, ["publish", str(tmp_path / "model"), "--server", "127.0.0.1:9"])
+    assert wrong.exit_code == 2 and "expected a server's address, such as http://127.0.0.1:30000" in wrong.stderr
+    nobody = CliRunner().invoke(app, ["publish", str(tmp_path / "model"), "--server", "http://127.0.0.1:9"])
+    assert nobody.exit_code == 1 and "All connection attempts failed" in nobody.stdout and "nothing was sent" in nobody.stdout

@@ -248,6 +248,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "truncated": (cut, "is cut short"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "fewer layers": (lambda f: other_config(f, num_hidden_layers=5), "missing"),
+    "more layers": (lambda f: other_config(f, num_hidden_layers=2), r"not known to the model .model\.layers\.2\."),
     "other width": (lambda f: other_config(f, intermediate_size=100), r"config.json describes \[100, 64\]"),
     "FP8 in words": (
         lambda f: other_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
@@ -309,8 +310,11 @@ def test_targets_and_disks_are_checked_first(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointError, match="is no checkpoint: it is not overwritten"):
         quietly(Conversion(source, target, "hf"), overwrite=True)
     target.rmdir()
-    with pytest.raises(CheckpointError, match="lies in, what is converted"):
-        quietly(Conversion(source, source / "inside", "hf"))
+    for place in (source, source / "inside", tmp_path):
+        with pytest.raises(CheckpointError, match="is what is converted, lies in it or holds it"):
+            quietly(Conversion(source, place, "hf"), overwrite=True)
+    with pytest.raises(CheckpointError, match=r"cannot be made: Not a directory\. Name another folder"):
+        quietly(Conversion(source, Path(__file__) / "inside", "hf"))
     with pytest.raises(CheckpointError, match="FP8 is a format of Hugging Face checkpoints"):
         quietly(Conversion(source, target, "megatron", dtype="fp8"))
     with pytest.raises(Exception, match=r"layout\.tensor = 3"):

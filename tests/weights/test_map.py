@@ -145,9 +145,11 @@ def test_a_box_s_pieces_are_the_whole_s_pieces_inside_it(tmp_path_factory: pytes
 
 def test_extra_tensors_are_known_by_name(tmp_path: Path) -> None:
     weight_map = map_of("deepseek_v3", tmp_path)
-    assert weight_map.is_extra("model.layers.4.eh_proj.weight")  # the multi-token prediction layer behind four layers
-    assert weight_map.is_extra("model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert not weight_map.is_extra("model.layers.3.self_attn.q_proj.weight")
-    assert not weight_map.is_extra("lm_head.weight")
+    behind = {f"model.layers.4.{name}.weight" for name in ("eh_proj", "input_layernorm")}
+    assert all(weight_map.is_extra(name, behind) for name in behind)  # the multi-token prediction layer behind four layers
+    assert not weight_map.is_extra("model.layers.4.input_layernorm.weight", {"model.layers.4.input_layernorm.weight"})
+    assert weight_map.is_extra("model.layers.0.self_attn.rotary_emb.inv_freq", behind)
+    assert not weight_map.is_extra("model.layers.3.self_attn.q_proj.weight", behind)
+    assert not weight_map.is_extra("lm_head.weight", behind)
     (tmp_path / "tied").mkdir()
-    assert map_of("qwen2", tmp_path / "tied").is_extra("lm_head.weight")
+    assert map_of("qwen2", tmp_path / "tied").is_extra("lm_head.weight", behind)

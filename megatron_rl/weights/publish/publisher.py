@@ -364,7 +364,7 @@ async def _look_at(target: Target, servers: Connections) -> Look:
 
 def choose_way(settings: PublishSettings, cuda: bool, here: bool, targets: Sequence[Target]) -> Way:
     """How weights travel. On GPUs by shared memory where servers sit on the ranks' own GPUs, else by NCCL; on CPUs as files in
-    memory where everybody is on one machine, else by gloo: the fastest that PLATFORM's measurements know of."""
+    memory where everybody is on one machine, else by gloo: each the fastest of what is possible there."""
     colocated = all(target.colocated for target in targets)
     if settings.transport == "tensor" and cuda and not colocated:
         raise SettingsError(

@@ -14,6 +14,7 @@ from megatron_rl.cli import app
 from megatron_rl.rollout.replies import Generation
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
+from megatron_rl.weights.convert import Conversion, convert
 from megatron_rl.weights.publish.files import MEMORY, PREFIX
 from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
@@ -170,16 +171,26 @@ def test_several_ranks(layout: dict[str, int], way: str, tiny_server: TinyServer
     run(serves(tiny_server.server.url, tiny_server.other, 3))
 
 
-def test_the_command(tiny_server: TinyServer) -> None:
+def test_the_command(tiny_server: TinyServer, tmp_path: Path) -> None:
     url = tiny_server.server.url
+    dense = write_served_checkpoint(tmp_path / "dense", "qwen3", seed=0, num_hidden_layers=2)
+    result = CliRunner().invoke(app, ["publish", str(dense), "--server", url])
+    assert result.exit_code == 2 and "Publish a checkpoint of the model that it serves" in result.stderr
+
     result = CliRunner().invoke(app, ["publish", str(tiny_server.other), "--server", url, "--bucket-mb", "1"])
     assert result.exit_code == 0, result.output
     assert "updated" in result.output and "by disk" in result.output
 
     run(serves(url, tiny_server.other, 1))  # one above the server's own
-    result = CliRunner().invoke(app, ["publish", str(tiny_server.other), "--server", url, "--server", "http://127.0.0.1:9"])
+    servers = ["--server", url, "--server", "http://127.0.0.1:9"]
+    result = CliRunner().invoke(app, ["publish", str(tiny_server.other), *servers, "--version", "40"])
     assert result.exit_code == 1
     assert "updated" in result.output and "All connection attempts failed" in result.output
+
+    convert(Conversion(tiny_server.model, tmp_path / "converted", "megatron"))
+    result = CliRunner().invoke(app, ["publish", str(tmp_path / "converted"), "--server", url, "--transport", "broadcast"])
+    assert result.exit_code == 0, result.output
+    run(serves(url, tiny_server.model, 41))  # these weights are of no step either
 
 
 def test_a_server_killed_in_the_middle_of_a_publish(more: More, tiny_server: TinyServer, cluster: Cluster) -> None:
