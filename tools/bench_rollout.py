@@ -1,10 +1,11 @@
 """Our sampling against a bare client that floods the same server with the same requests, in one run.
 
-    python tools/bench_rollout.py [--samples 128] [--rounds 8]     needs no GPU: starts a tiny model on the CPU
+    python tools/bench_rollout.py [--samples 64] [--rounds 20]     needs no GPU: starts a tiny model on the CPU
     python tools/bench_rollout.py --url http://node7:30000 --vocabulary 151936
 
-Printed: tokens per second of ours as a share of the bare client's (a round of each, in turns first and second; a round before
-the first warms the server up), seconds of CPU of the process per 1,000 samples of either, and the peak memory of waves of
+Printed: tokens per second of ours as a share of the bare client's, over all rounds and as the spread of single rounds. A round
+is one of each, in turns first and second, and short, so that what else happens on the machine strikes both; a round before the
+first warms the server up. Then seconds of CPU of the process per 1,000 samples of either, and the peak memory of waves of
 thousands of samples that the server has all at once (it should not grow from wave to wave).
 """
 
@@ -99,11 +100,14 @@ async def compare(arguments: argparse.Namespace, url: str) -> None:
                     rounds[name].append(done)
     for name, each in rounds.items():
         cpu = 1000 * sum(done.cpu for done in each) / (len(each) * arguments.samples)
-        rates = ", ".join(f"{done.rate:.0f}" for done in each)
-        print(f"{name}: {rates} tokens/s by round, {cpu:.2f} s of CPU per 1,000 samples")
-    whole = sum(done.seconds for done in rounds["bare"]) / sum(done.seconds for done in rounds["ours"])
-    best = max(done.rate for done in rounds["ours"]) / max(done.rate for done in rounds["bare"])
-    print(f"ours / bare: {whole:.3f} over all rounds, {best:.3f} by the best round of each")
+        rates = np.array([done.rate for done in each])
+        whole = sum(done.tokens for done in each) / sum(done.seconds for done in each)
+        spread = f"rounds {rates.min():.0f} to {rates.max():.0f}"
+        print(f"{name}: {whole:.0f} tokens/s, {spread}; {cpu:.2f} s of CPU per 1,000 samples")
+    pairs = list(zip(rounds["ours"], rounds["bare"], strict=True))
+    whole = sum(bare.seconds for _, bare in pairs) / sum(mine.seconds for mine, _ in pairs)
+    low, middle, high = np.quantile([mine.rate / bare.rate for mine, bare in pairs], (0.25, 0.5, 0.75))
+    print(f"ours / bare: {whole:.3f} over all rounds; by round {middle:.3f}, half of them between {low:.3f} and {high:.3f}")
 
 
 async def waves(arguments: argparse.Namespace, url: str) -> None:
@@ -139,10 +143,10 @@ def main() -> None:
     parser.add_argument("--url", help="a running server; default: one is started")
     parser.add_argument("--family", default="qwen3_moe", help="model_type of the server's model")
     parser.add_argument("--vocabulary", type=int, default=SERVED["vocab_size"], help="tokens of its model")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64, help="of a round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--in-flight", type=int, default=None, help="servers.max_in_flight")
     parser.add_argument("--many", type=int, default=2000, help="samples at once in the memory test")
     arguments = parser.parse_args()

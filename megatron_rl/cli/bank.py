@@ -74,7 +74,7 @@ def show(
 
     - `megatron-rl bank show runs/my-run --step 12`
     - `megatron-rl bank show runs/my-run --min-reward 1 -n 2`
-    - `megatron-rl bank show runs/my-run --group "task:arithmetic/17#301"`
+    - `megatron-rl bank show runs/my-run --group arithmetic/17@301`
     """
     from megatron_rl.rollout.bank.looking import samples
 

@@ -101,15 +101,17 @@ def _counts(stream: "PromptStream") -> RenderableType:
 
 
 def _histogram(lengths: Sequence[int]) -> RenderableType:
-    """Prompts by length, in equal steps."""
-    width = max(1, -(-max(lengths) // BARS))
-    counts = [0] * (max(lengths) // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
+    """Prompts by length, in equal steps from the shortest to the longest."""
     ordered = sorted(lengths)
-    title = f"tokens of a prompt: median {ordered[len(ordered) // 2]}, longest {ordered[-1]}"
+    shortest, longest = ordered[0], ordered[-1]
+    width = -(-(longest - shortest + 1) // BARS)
+    counts = [0] * ((longest - shortest) // width + 1)
+    for length in lengths:
+        counts[(length - shortest) // width] += 1
+    title = f"tokens of a prompt: shortest {shortest}, median {ordered[len(ordered) // 2]}, longest {longest}"
     table = Table("tokens", "prompts", "", box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for number, count in enumerate(counts):
         bar = "█" * round(BAR_WIDTH * count / max(counts))
-        table.add_row(f"{number * width}-{(number + 1) * width - 1}", f"{count:,}", bar)
+        first = shortest + number * width
+        table.add_row(f"{first}" if width == 1 else f"{first}-{first + width - 1}", f"{count:,}", bar)
     return table

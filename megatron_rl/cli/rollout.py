@@ -18,6 +18,8 @@ from megatron_rl.config.settings import Settings
 if TYPE_CHECKING:
     from megatron_rl.rollout.only import Filled
 
+STOPPED = 143  # exit code when it was told to stop: the shell's for SIGTERM
+
 
 def rollout(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
@@ -31,7 +33,7 @@ def rollout(
 
     Starts SGLang servers on this machine, or uses those that `servers.urls` or `servers.urls_file` name; draws prompts,
     samples a group for each by `sampling.strategy`, rewards them, and seals `sampling.groups` groups a step. Run it again to
-    go on: finished groups are never sampled twice, also after a kill.
+    go on: finished groups are never sampled twice, also after Ctrl-C or a kill.
 
     **Examples**
 
@@ -45,7 +47,12 @@ def rollout(
         world_size = settings.layout.world_size or smallest_world_size(settings.layout)
         require_valid(settings, architecture, world_size)
         tell_warnings(warnings(settings, architecture, world_size))
-        asyncio.run(_fill(settings, architecture, steps, make_console()))
+        console = make_console()
+        try:
+            asyncio.run(_fill(settings, architecture, steps, console))
+        except asyncio.CancelledError:
+            console.print("stopped; what was finished is kept, and the same command goes on")
+            raise typer.Exit(STOPPED) from None
 
 
 async def _fill(settings: Settings, architecture: Architecture, steps: int, console: Console) -> None:

@@ -84,6 +84,8 @@ def _settings(source: str, overrides: Sequence[str]) -> Settings:
     else:
         if "=" in source and not path.exists():
             raise SettingsError(f"{source} is an override where the settings file or model should stand. Put that first.")
+        if not path.exists() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
+            raise SettingsError(f"{source} does not exist. Give a checkpoint folder, a settings file (.yaml), or a hub name.")
         settings = load_settings(None, [f"policy.init={source}", f"servers.model={source}", *overrides])
     problems = list(server_problems(settings))
     if problems:
@@ -96,6 +98,8 @@ def _run(console: Console, options: Sequence["ServerOptions"], urls: Path, resta
 
     first = options[0]
     machine = "on the CPU" if first.on_cpu else "on GPUs"
+    if not Path(first.model).exists():
+        console.print(Text(f"{first.model} is no folder here: it is taken for a hub name"))
     status = console.status(Text(f"starting {_counted(options)} of {first.model} {machine}; logs in {first.log.parent}"))
 
     def ready(servers: Sequence["Server"]) -> None:

@@ -29,9 +29,12 @@ def find(path: str) -> Callable[..., Any]:
     """The function at `package.module:name`, or a ValueError that says why there is none."""
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        room = import_module(module)
+    except (ImportError, ValueError) as error:
         raise ValueError(f"cannot be loaded: {error}. Is its package importable from here ({sys.path[0] or '.'})?") from error
+    found = getattr(room, attribute, None)
+    if found is None:
+        raise ValueError(f"cannot be loaded: {getattr(room, '__file__', None) or module} has no {attribute}. Correct its name")
     if not inspect.isroutine(found):
         raise ValueError(f"is a {type(found).__name__}; name a function")
     return found

@@ -60,6 +60,7 @@ class Fleet:
         self._cares: dict[Worker, asyncio.Task[None]] = {}
         self._leaving: dict[Worker, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._misread = ""  # why the file of URLs cannot be read now
 
     @property
     def version(self) -> int:
@@ -279,6 +280,11 @@ class Fleet:
     async def _some_work(self) -> None:
         """Wait until a server of the file works, or would with the weights that a resumed run will bring it."""
         deadline = asyncio.get_running_loop().time() + self._settings.start_seconds
+        if not self.workers:
+            patience = self._settings.start_seconds
+            logger.warning(
+                "%s names no server yet; waiting up to %.0f s (servers.start_seconds)", self._settings.urls_file, patience
+            )
         while not any(worker.works or isinstance(worker.health, Outdated) for worker in self.workers.values()):
             if asyncio.get_running_loop().time() > deadline:
                 raise UnsuitableServer(
@@ -297,8 +303,11 @@ class Fleet:
         try:
             urls = read_urls(path.read_text())
         except (OSError, UnicodeDecodeError, ValueError) as error:
-            logger.warning("servers.urls_file: %s: %s; the servers stay as they are", path, error)
+            if str(error) != self._misread:  # once, not at each look
+                logger.warning("servers.urls_file: %s: %s; the servers stay as they are", path, error)
+            self._misread = str(error)
             return
+        self._misread = ""
         fixed = {url.rstrip("/") for url in self._settings.urls}
         foreign = {url for url, worker in self.workers.items() if worker.server is None} - fixed
         for url in urls - self.workers.keys():

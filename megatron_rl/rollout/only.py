@@ -1,9 +1,7 @@
 """Sampling without learning: fills the bank step after step, and goes on where it stopped."""
 
-import asyncio
 import json
 import os
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.rollout.suitability import UnsuitableServer
+from megatron_rl.rollout.told import until_told
 
 STATE = "sampling.json"
 
@@ -66,33 +65,25 @@ async def fill(
     """Sample until the bank holds so many steps.
 
     `starting` is told when own servers are about to be started, `opened` when everything works, and which step comes first.
+    A signal to end is a CancelledError, also while servers are waited for; the same call goes on later.
     """
     settings.run.directory.mkdir(parents=True, exist_ok=True)
     step, position = read_state(settings.run.directory)
     if step >= steps:
         return
     servers, key = own_servers(settings), read_api_key(settings.servers)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    version = await weights_of(settings.servers.urls, model, key)
-    async with open_session(
-        settings, model, servers, api_key=key, version=version, step=step, position=position, starting=starting
-    ) as session:
-        opened(session, step)
-        for current in range(step, steps):
-            began = time.monotonic()
-            session.collector.updated(current)  # nothing is learned: every step counts as the update before the next
-            collecting, stopping = asyncio.ensure_future(session.collector.collect(current)), asyncio.ensure_future(stop.wait())
-            await asyncio.wait((collecting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not collecting.done():
-                collecting.cancel()
-                await asyncio.gather(collecting, return_exceptions=True)
-                return
-            collected = collecting.result()
-            write_state(settings.run.directory, current + 1, collected.position)
-            yield _report(session, collected, time.monotonic() - began)
+    with until_told():
+        version = await weights_of(settings.servers.urls, model, key)
+        async with open_session(
+            settings, model, servers, api_key=key, version=version, step=step, position=position, starting=starting
+        ) as session:
+            opened(session, step)
+            for current in range(step, steps):
+                began = time.monotonic()
+                session.collector.updated(current)  # nothing is learned: every step counts as the update before the next
+                collected = await session.collector.collect(current)
+                write_state(settings.run.directory, current + 1, collected.position)
+                yield _report(session, collected, time.monotonic() - began)
 
 
 async def weights_of(urls: Sequence[str], model: Architecture, key: str | None) -> int:

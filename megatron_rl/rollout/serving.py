@@ -1,12 +1,11 @@
 """Servers that run until they are told to end: what `megatron-rl serve` does."""
 
 import asyncio
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_rl.rollout.server import Server, ServerOptions, ServerStartError, start_again, start_servers, stop_servers
+from megatron_rl.rollout.told import until_told
 from megatron_rl.rollout.urls_file import announced
 
 GLANCE = 1.0  # seconds between looks at whether all still run
@@ -23,7 +22,7 @@ async def serve(
 
     A server that ends by itself is started again, `restarts` times each; one too many ends all.
     """
-    with _until_told():
+    with until_told():
         servers: list[Server] = []
         try:
             servers = await start_servers(options)
@@ -54,24 +53,3 @@ async def _keep(servers: list[Server], restarts: int, say: Callable[[str], None]
             servers[index] = await start_again(server)
             await servers[index].ready()
             say(f"the server at {server.url} is back")
-
-
-@contextmanager
-def _until_told() -> Iterator[None]:
-    """Being told to end cancels the task that is in here. It ends the servers then, and need not be told twice."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    told: list[int] = []
-
-    def end(number: int) -> None:
-        if not told:
-            task.cancel()
-        told.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end, number)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

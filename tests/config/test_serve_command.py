@@ -41,6 +41,8 @@ def test_a_model_needs_no_settings_file() -> None:
         (["m", "servers.router=http://r:1", "servers.update=retract"], "Set servers.update=abort"),
         (["servers.count=2"], "is an override where"),
         (["missing.yaml"], "missing.yaml"),
+        (["./missing"], "./missing does not exist. Give a checkpoint folder"),
+        (["runs/one/missing"], "runs/one/missing does not exist"),
     ],
 )
 def test_what_cannot_be_served_is_told(arguments: list[str], said: str) -> None:

@@ -269,7 +269,7 @@ def test_the_functions_of_the_docs_work(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "part, message",
     [
-        (own("lenght"), "cannot be loaded: module 'tests.rewards.own' has no attribute 'lenght'"),
+        (own("lenght"), "tests/rewards/own.py has no lenght. Correct its name"),
         ({"name": "nowhere.at_all:reward"}, "cannot be loaded: No module named 'nowhere'"),
         (own("not_a_function"), "is a int; name a function"),
         (own("length", arguments={"scal": 2}), "cannot be called with (prompt, text, sample) and {'scal': 2}"),

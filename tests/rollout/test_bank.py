@@ -165,8 +165,8 @@ def test_a_newer_bank_and_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other/thesis.tex").write_text("chapter 1")
     with pytest.raises(BankError, match=r"is not a bank and holds other files \(thesis.tex\)"):
         Bank(tmp_path / "other")
-    with pytest.raises(BankError, match=r"is not a bank: it has no bank\.json"):
-        BankReader(tmp_path / "nowhere")
+    with pytest.raises(BankError, match=r"other is not a bank: it has no bank\.json"):
+        BankReader(tmp_path / "other")
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(BankError, match="cannot be read as a sealed step"):
         SealedStep(tmp_path / "bad.parquet")

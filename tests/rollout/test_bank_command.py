@@ -157,7 +157,7 @@ def test_stats_sums_every_step_up(home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nowhere"], "nowhere is not a bank: it has no bank.json. Give the folder of a bank."),
+        (["show", "nowhere"], "nowhere is not a bank: there is no such folder. Give the folder of a bank"),
         (["show", "HOME", "--step", 7], "has no sealed step 7. It has 0, 1"),
         (["grep", "HOME", "("], "PATTERN = (: missing )"),
         (["show", "HOME", "--min-reward", 2, "--max-reward", 1], "--min-reward 2 is above --max-reward 1"),

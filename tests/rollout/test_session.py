@@ -1,6 +1,8 @@
 """Sampling as a whole on a real server: prompts in, groups with honest log-probs and rewards in the bank."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.bank.reader import BankReader
+from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.rollout.environment import Environment, Observation
 from megatron_rl.rollout.only import Filled, fill, read_state
 from megatron_rl.types import Prompt, Sample
-from tests.servers import VOCABULARY, TinyServer
+from tests.servers import VOCABULARY, Address, TinyServer
 
 
 def settings_of(server: TinyServer, folder: Path, **sections: Any) -> Settings:
@@ -118,6 +121,33 @@ def test_what_cannot_work_is_said_at_the_start(
     """Also where servers would be started: before that."""
     with pytest.raises(UserError, match=message):
         filled(settings_of(tiny_server, tmp_path, **sections), 1)
+
+
+def test_it_ends_when_told_to_also_while_it_waits_for_servers(
+    tiny_models: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = TinyServer(Address("http://127.0.0.1:9"), *tiny_models)
+    settings = settings_of(server, tmp_path, servers={"urls_file": tmp_path / "urls", "probe_seconds": 0.05})
+    model = read_architecture(settings.policy.config)
+
+    async def sample() -> None:
+        async for _ in fill(settings, model, 1, lambda session, step: None):
+            raise AssertionError("nobody samples")
+
+    async def run() -> None:
+        async with asyncio.timeout(60):
+            sampling = asyncio.create_task(sample())
+            while "names no server yet" not in caplog.text and not sampling.done():
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait([sampling])
+            assert sampling.cancelled()
+
+    asyncio.run(run())
+    assert caplog.text.count("the servers stay as they are") == 1  # it looked ten times
+    with Bank(tmp_path / "run/bank") as bank:  # it was let go
+        assert bank.waiting() == []
 
 
 def test_the_command_says_warnings_and_errors_before_it_starts_servers(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ class Folder:
         try:
             about = json.loads(self.about.read_bytes())
         except FileNotFoundError as error:
-            raise BankError(f"{self.path} is not a bank: it has no {self.about.name}. Give the folder of a bank.") from error
+            why = f"it has no {self.about.name}" if self.path.is_dir() else "there is no such folder"
+            raise BankError(
+                f"{self.path} is not a bank: {why}. Give the folder of a bank, or of a run that has one."
+            ) from error
         except (OSError, ValueError) as error:
             raise BankError(f"{self.about} cannot be read: {error}. Restore it, or give another bank.") from error
         require_format(self.about, about.get("format") if isinstance(about, dict) else None)
