@@ -108,8 +108,7 @@ def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
     if origin is Annotated:
         return _allowed(arguments[0], arguments[1:])
     if origin in (Union, types.UnionType):
-        options = [_allowed(option, ()) for option in arguments if option is not type(None)]
-        return ", or ".join([*options, "null"])
+        return ", or ".join("null" if option is type(None) else _allowed(option, ()) for option in arguments)
     if origin is Literal:
         return arguments[0] if len(arguments) == 1 else "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
