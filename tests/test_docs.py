@@ -173,7 +173,7 @@ def test_metrics_that_are_explained_exist() -> None:
     table = (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("| metric | meaning")[2]
     names = [name for cell in re.findall(r"^\| (`[^|]*) \|", table, re.M) for name in re.findall(r"`([^`]+)`", cell)]
     assert len(names) > 40
-    assert set(names) - set(KNOWN) == {"reward/NAME", "seconds/PHASE"}
+    assert set(names) - set(KNOWN) == {"seconds/PHASE"}
 
 
 def is_module(name: str) -> bool:
