@@ -195,6 +195,13 @@ def test_settings_files_in_the_pages_load(page: Path) -> None:
             require_setting(name)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Also those that a command is given which is not ours: `python docs/examples/falling.py`."""
+    named = re.findall(r"\b(?:docs|configs|launch|tools)/[\w/.-]*\.(?:py|sh|yaml|md|lock)\b", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/examples").glob("*.py")), ids=short)
 def test_examples_import_what_is_there(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

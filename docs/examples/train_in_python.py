@@ -10,6 +10,7 @@ import sys
 
 from megatron_rl import load_settings, observers_of, train
 from megatron_rl.observe.records import EvaluationRecord, RunRecord, StepRecord
+from megatron_rl.train.upstream import quiet_upstream
 
 OVERRIDES = [
     "layout.world_size=null",  # as many ranks as there are
@@ -41,6 +42,7 @@ class Best:
 
 
 def main() -> None:
+    quiet_upstream()  # warnings of packages below that nobody can act on
     settings = load_settings("configs/quickstart.yaml", [*OVERRIDES, *sys.argv[1:]])
     state = train(settings, observers=[*observers_of(settings), Best()])  # told on the main rank alone
     print(f"{state.step} of {settings.run.steps} steps are done")
