@@ -168,6 +168,18 @@ def test_names_of_other_trainers_lead_where_the_page_says() -> None:
         require_setting(setting)
 
 
+def test_messages_that_are_explained_are_said() -> None:
+    """Symptoms in docs/troubleshooting.md are quoted: three words on end, where no number or name comes between, are in the code."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_rl").rglob("*.py")]
+    texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    said = " ".join(" ".join(text for text in texts if isinstance(text, str)).split())
+    cells = re.findall(r"^\| ([^|]*) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    quoted = [quote.split() for cell in cells for quote in re.findall(r"`([^`]+)`", cell) if len(quote.split()) > 3]
+    assert len(quoted) > 20
+    wrong = [words for words in quoted if not any(" ".join(words[i : i + 3]) in said for i in range(len(words) - 2))]
+    assert not wrong
+
+
 def test_metrics_that_are_explained_exist() -> None:
     """The names in the table of docs/training.md are those that the journal and the report know."""
     table = (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("| metric | meaning")[2]
