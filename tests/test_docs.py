@@ -169,7 +169,7 @@ def test_names_of_other_trainers_lead_where_the_page_says() -> None:
 
 
 def test_messages_that_are_explained_are_said() -> None:
-    """Symptoms in docs/troubleshooting.md are quoted: three words on end, where no number or name comes between, are in the code."""
+    """Symptoms in docs/troubleshooting.md are quotations: three words of each, on end, are somewhere in the code."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_rl").rglob("*.py")]
     texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     said = " ".join(" ".join(text for text in texts if isinstance(text, str)).split())
