@@ -1,8 +1,9 @@
-"""Two rewards of one's own. In the settings:
+"""Rewards of one's own. In the settings:
 
     rewards:
       - {name: 'my_rewards:brevity', as: short, weight: 0.2, options: {arguments: {scale: 100}}}
       - {name: 'my_rewards:ask_a_service', options: {timeout: 5}}
+      - {name: 'my_rewards:in_place'}
 
 Tested in tests/rewards/test_model.py.
 """
@@ -23,3 +24,9 @@ async def ask_a_service(prompt: Prompt, text: str, sample: Sample) -> float:
     if "answer" not in prompt.fields:
         raise ValueError("nothing is known about this prompt")  # this sample's failure, not the run's
     return float(prompt.fields["answer"] in text)
+
+
+def in_place(prompt: Prompt, text: str, sample: Sample) -> float:
+    """How much of the answer is right: characters that stand where they should, as a share of the longer of the two."""
+    right = str(prompt.fields["answer"])
+    return sum(mine == theirs for mine, theirs in zip(text, right, strict=False)) / max(len(text), len(right), 1)

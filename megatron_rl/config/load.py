@@ -31,9 +31,9 @@ INPUT_PATHS = (
 INPUT_LISTS = ("data.sources", "data.validation_sources")  # entries with a member `path` that is one
 
 
-def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
+def load_settings(path: Path | str | None, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a file (none: defaults only) with overrides such as `layout.tensor=4` applied in order."""
-    values = {} if path is None else _read_file(path, ())
+    values = {} if path is None else _read_file(Path(path), ())
     for override in overrides:
         values = _later(values, read_override(override))
     return _build(values)

@@ -264,6 +264,8 @@ def test_the_functions_of_the_docs_work(monkeypatch: pytest.MonkeyPatch) -> None
     assert answer.reward == pytest.approx(1 + 20 / 111)
     [unknown] = asyncio.run(scored(parts, {}, "It is four."))
     assert unknown.failure == "my_rewards:ask_a_service: ValueError: nothing is known about this prompt"
+    [close] = asyncio.run(scored([{"name": "my_rewards:in_place"}], {"answer": "4321"}, "4312 "))
+    assert close.reward == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize(
