@@ -159,13 +159,14 @@ def test_a_log_cut_anywhere_in_its_last_record_keeps_the_others(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 5000, b"mRLb" * 100, frame(Kind.GROUP, b"x" * 50, 0)[:-1], os.urandom(100_000)])
-def test_garbage_behind_the_last_record_is_cut(tmp_path: Path, garbage: bytes) -> None:
+def test_garbage_behind_the_last_record_is_cut(tmp_path: Path, garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with Bank(tmp_path) as bank:
         bank.append(made("a"))
     with (tmp_path / "log").open("ab") as log:
         log.write(garbage)
     with Bank(tmp_path) as bank:
         assert bank.torn_bytes == len(garbage)
+        assert f"left {len(garbage)} bytes" in caplog.text
         bank.append(made("b"))
     assert contents(tmp_path).keys() == {"a", "b"}
 

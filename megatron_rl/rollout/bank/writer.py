@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ from megatron_rl.rollout.bank.log import Log
 from megatron_rl.rollout.bank.schema import Decode
 from megatron_rl.rollout.bank.sealed import SealedStep, write_step
 from megatron_rl.types import Group
+
+logger = logging.getLogger(__name__)
 
 
 class Bank:
@@ -45,6 +48,8 @@ class Bank:
             self._index, self._lock, self._sealing = Index(), threading.RLock(), threading.Lock()
             self._log = Log(self._folder.log, to_disk=settings.durable_against == "power_loss")
             self._log.recover(self._index.take)
+            if self.torn_bytes:
+                logger.warning("%s: a crash left %d bytes of an unfinished record, now cut", self._folder.log, self.torn_bytes)
             self._sealed = _sealed_keys(self._folder)
             self._index.drop_groups(self._sealed)
             self._compact()
