@@ -49,6 +49,7 @@ ALL_ARGUMENTS: Mapping[str, Any] = {"incremental_streaming_output": True, "weigh
 
 # What a launcher says to its ranks is not for a server, which forms process groups of its own.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+AGENT = "TORCHELASTIC_"  # so begin those of torchrun, whose own store a server would wait at for ever
 
 
 class ServerStartError(UserError, RuntimeError):
@@ -261,7 +262,9 @@ def _write_key(options: ServerOptions) -> Path:
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith(AGENT)
+    }
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a start takes 30 s with cached bytecode, 100 s without
     if not os.access(sys.prefix, os.W_OK):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -37,11 +37,12 @@ def test_the_key_is_never_on_the_command_line_nor_printed(tmp_path: Path) -> Non
 def test_what_a_server_sees_of_our_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("PYTHONPATH", "/own")
     on_cpu = server_module._environment(ServerOptions("m", tmp_path / "log", device="cpu", threads=3))
     assert on_cpu["PYTHONPATH"] == f"{CPU_STUB}:/own"
     assert on_cpu["OMP_NUM_THREADS"] == "3"
-    assert not {"PYTHONDONTWRITEBYTECODE", "WORLD_SIZE"} & on_cpu.keys()
+    assert not {"PYTHONDONTWRITEBYTECODE", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} & on_cpu.keys()
     on_gpu = server_module._environment(ServerOptions("m", tmp_path / "log", device="cuda", gpus=(2, 3)))
     assert on_gpu["PYTHONPATH"] == "/own"
     assert on_gpu["CUDA_VISIBLE_DEVICES"] == "2,3"
