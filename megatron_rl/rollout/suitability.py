@@ -1,12 +1,16 @@
 """Whether a server can sample for this run, asked before it gets any work. Each problem comes with its fix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import UserError
+from megatron_rl.config.families import read_architecture
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.replies import RoutingShape, ServerInfo
+
+OF_NO_MATTER = ("init_std", "max_positions")  # of a model, to one that samples from it
 
 
 class UnsuitableServer(UserError, RuntimeError):
@@ -22,6 +26,7 @@ class Demands:
     routing: RoutingShape | None = None  # None: routing is not asked for
     longest: int | None = None  # tokens of the longest sample
     seeded: bool = False
+    model: Architecture | None = None  # None: whatever it serves of the family
 
     @classmethod
     def of(cls, model: Architecture, *, routing: bool = False, longest: int | None = None, seeded: bool = False) -> "Demands":
@@ -31,7 +36,7 @@ class Demands:
             if not model.is_moe or model.experts is None:
                 raise UserError(f"Routing cannot be replayed: a {model.family} model without experts has none. Turn it off.")
             shape = RoutingShape(model.layers, model.experts.top_k, model.experts.count)
-        return cls(model.family, model.vocab, shape, longest, seeded)
+        return cls(model.family, model.vocab, shape, longest, seeded, model)
 
 
 async def inspect(client: Client, demands: Demands) -> ServerInfo:
@@ -48,6 +53,8 @@ async def inspect(client: Client, demands: Demands) -> ServerInfo:
         problems.append(f"it serves {model.path}, a {model.family} model; this run trains a {demands.family} model")
     if vocabulary != demands.vocabulary:
         problems.append(f"its model ({model.path}) has {vocabulary} tokens; the policy's has {demands.vocabulary}")
+    if demands.model is not None and not problems:
+        problems += _differences(model.path, demands.model)
     if problems:
         problems.append("start it with the policy's model, or correct servers.urls")
     if demands.routing is not None and not info.returns_routing:
@@ -62,3 +69,15 @@ async def inspect(client: Client, demands: Demands) -> ServerInfo:
     if problems:
         raise UnsuitableServer(f"The server {client.url} cannot sample for this run: {'; '.join(problems)}.")
     return info
+
+
+def _differences(path: str, ours: Architecture) -> list[str]:
+    """What is otherwise in the served model, where its folder is seen from here. Tensors of other shapes would end the server."""
+    if not (Path(path) / "config.json").is_file():
+        return []
+    theirs = read_architecture(Path(path))
+    names = [field.name for field in fields(Architecture) if field.name not in OF_NO_MATTER]
+    differing = [name for name in names if getattr(theirs, name) != getattr(ours, name)]
+    return [
+        f"the {name} of its model ({path}) is {getattr(theirs, name)}; the policy's {getattr(ours, name)}" for name in differing
+    ]

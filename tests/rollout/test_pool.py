@@ -238,13 +238,16 @@ def model(tiny_server: TinyServer) -> Architecture:
 
 def test_who_cannot_sample_is_refused_with_a_fix(tiny_server: TinyServer, model: Architecture) -> None:
     demands = Demands.of(model, routing=True, longest=2000)
-    assert demands == replace(DEMANDS, longest=2000)
+    assert demands == replace(DEMANDS, longest=2000, model=model)
     with_pool(tiny_server, talk_of_nothing, demands)
     for wrong, said in {
         replace(demands, family="llama"): "a qwen3_moe model; this run trains a llama model.*correct servers.urls",
         replace(demands, vocabulary=600): "has 512 tokens; the policy's has 600",
         replace(demands, longest=5000): r"takes 20\d\d tokens at most, samples may have 5000.*--context-length",
         replace(demands, seeded=True): "--enable-deterministic-inference",
+        replace(
+            demands, model=replace(model, hidden=64)
+        ): r"the hidden of its model .* is \d+; the policy's 64.*correct servers.urls",
     }.items():
         with pytest.raises(UnsuitableServer, match=said):
             with_pool(tiny_server, talk_of_nothing, wrong)
