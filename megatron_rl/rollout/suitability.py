@@ -72,7 +72,7 @@ async def inspect(client: Client, demands: Demands) -> ServerInfo:
 
 
 def _differences(path: str, ours: Architecture) -> list[str]:
-    """What is otherwise in the served model, where its folder is seen from here. Tensors of other shapes would end the server."""
+    """What is otherwise in the served model, where its folder is seen. Tensors of other shapes would end the server."""
     if not (Path(path) / "config.json").is_file():
         return []
     theirs = read_architecture(Path(path))
