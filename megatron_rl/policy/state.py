@@ -21,8 +21,8 @@ from megatron_rl.weights.checkpoint_files import differences, versions
 
 # Settings that a run's numbers depend on and that a checkpoint therefore must share, unless checkpoint.allow_changes names
 # them. Left out on purpose: the layout, packing, recomputation, machine, folders and number of steps.
-MUST_MATCH = ("policy.temperature", "moe", "precision", "optimizer", "run.seed")
-MAY_DIFFER = ("moe.dispatcher",)
+MUST_MATCH = ("policy.temperature", "moe", "precision", "optimizer", "data", "run.seed")
+MAY_DIFFER = ("moe.dispatcher", "data.cache")
 logger = logging.getLogger(__name__)
 
 

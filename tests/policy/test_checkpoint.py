@@ -209,13 +209,15 @@ def test_steps_of_fused_adam_are_counted_in_the_group() -> None:
 
 
 def test_settings_that_may_change_are_named(saved: Path, tmp_path: Path) -> None:
-    changed: dict[str, Any] = {"optimizer": {"lr": 0.5, "beta1": 0.5}, "run": {"steps": 7}}
+    data = {"shuffle": False, "cache": tmp_path}
+    changed: dict[str, Any] = {"optimizer": {"lr": 0.5, "beta1": 0.5}, "data": data, "run": {"steps": 7}}
     with opened(tiny_settings(tmp_path, **changed)) as policy, pytest.raises(CheckpointError) as caught:
         load_policy(policy, saved)
     text = str(caught.value)
     assert "optimizer.lr: 0.001 in the checkpoint, 0.5 in the settings" in text and "optimizer.beta1: 0.9" in text
+    assert "data.shuffle: True in the checkpoint, False in the settings" in text and "data.cache" not in text
     assert "run.steps" not in text and "checkpoint.allow_changes" in text
-    with opened(tiny_settings(tmp_path, checkpoint={"allow_changes": ["optimizer"]}, **changed)) as policy:
+    with opened(tiny_settings(tmp_path, checkpoint={"allow_changes": ["optimizer", "data"]}, **changed)) as policy:
         load_policy(policy, saved)
         assert policy.steps == 1
 
