@@ -33,7 +33,7 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
         ServerOptions(
             model=_model(settings),
             log=logs / f"server-{index}.log",
-            arguments={**_random_weights(settings), **settings.sglang},
+            arguments={**_random_weights(settings), **_routing(settings), **settings.sglang},
             host=servers.host,
             port=None if servers.port is None else servers.port + index,
             api_key=read_api_key(servers),
@@ -72,6 +72,10 @@ def _model(settings: Settings) -> str:
 def _random_weights(settings: Settings) -> dict[str, Any]:
     """A policy that begins at random has no weights to load; the first update brings the servers its own."""
     return {"load_format": "dummy"} if settings.servers.model is None and settings.policy.init == "random" else {}
+
+
+def _routing(settings: Settings) -> dict[str, Any]:
+    return {"enable_return_routed_experts": True} if settings.sampling.routing else {}
 
 
 def _gpus_each(arguments: dict[str, Any]) -> int:

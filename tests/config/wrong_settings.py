@@ -253,6 +253,14 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "sampling.max_tokens=9000",
         "sampling.max_tokens = 9000 with batch.max_tokens = 8192", "at most 8192",
     ),
+    "routing of a dense model": (
+        "dense", 1, "sampling.routing=true",
+        "sampling.routing = true: a llama model without experts routes nothing", "sampling.routing=false",
+    ),
+    "routing behind a router": (
+        "moe", 1, "sampling.routing=true servers.router=http://127.0.0.1:9",
+        "a router drops what servers return of it", "Remove servers.router",
+    ),
     "several updates on policy": (
         "dense", 1, "objective.on_policy=true batch.epochs=2",
         "objective.on_policy = true with batch.minibatches = 1 and batch.epochs = 2", "Set both to 1",

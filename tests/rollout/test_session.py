@@ -21,7 +21,7 @@ from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.rollout.environment import Environment, Observation
 from megatron_rl.rollout.only import Filled, fill, read_state
 from megatron_rl.types import Prompt, Sample
-from tests.servers import VOCABULARY, Address, TinyServer
+from tests.servers import SHAPE, VOCABULARY, Address, TinyServer
 
 
 def settings_of(server: TinyServer, folder: Path, **sections: Any) -> Settings:
@@ -66,7 +66,8 @@ def check_log_probs(model: Path, samples: list[Sample], temperature: float) -> N
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_steps_are_sealed_and_sampling_goes_on(tiny_server: TinyServer, tmp_path: Path, temperature: float) -> None:
     policy = {"init": tiny_server.model, "temperature": temperature}
-    settings = settings_of(tiny_server, tmp_path, policy=policy)
+    sampling = {"groups": 2, "group_size": 3, "max_new_tokens": 12, "routing": temperature == 1.0}
+    settings = settings_of(tiny_server, tmp_path, policy=policy, sampling=sampling)
     assert [each.collected.step for each in filled(settings, 2)] == [0, 1]
     assert [each.collected.step for each in filled(settings, 3)] == [2]  # only what is missing
     assert filled(settings, 3) == []
@@ -81,6 +82,12 @@ def test_steps_are_sealed_and_sampling_goes_on(tiny_server: TinyServer, tmp_path
         assert sample.rewards.keys() == {"numeric", "length"}
         assert sample.reward == pytest.approx(sample.rewards["numeric"] + 0.5 * sample.rewards["length"])
         assert [segment.version for segment in sample.segments] == [None, 0]
+        if settings.sampling.routing:
+            assert sample.routing is not None and sample.routing.dtype == np.uint8
+            assert sample.routing.shape == (sample.length - 1, SHAPE.layers, SHAPE.chosen)
+            assert sample.routing.max() < SHAPE.experts and (sample.routing[..., 0] != sample.routing[..., 1]).all()
+        else:
+            assert sample.routing is None
     check_log_probs(tiny_server.model, samples, temperature)
 
 

@@ -23,6 +23,21 @@ def episodes_have_an_environment(case: Case) -> Iterator[str]:
         )
 
 
+def routing_needs_experts(case: Case) -> Iterator[str]:
+    if case.settings.sampling.routing and not case.architecture.is_moe:
+        yield problem(
+            "sampling.routing = true",
+            f"a {case.architecture.family} model without experts routes nothing",
+            "Set sampling.routing=false",
+        )
+    if case.settings.sampling.routing and case.settings.servers.router is not None:
+        yield problem(
+            f"sampling.routing = true with servers.router = {case.settings.servers.router}",
+            "a router drops what servers return of it",
+            "Remove servers.router, or set sampling.routing=false",
+        )
+
+
 def partial_and_ahead_are_two_ways(case: Case) -> Iterator[str]:
     sampling = case.settings.sampling
     if sampling.partial and sampling.ahead:
@@ -89,6 +104,7 @@ def masked_ends_are_scored_as_masked(case: Case) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    routing_needs_experts,
     episodes_have_an_environment,
     partial_and_ahead_are_two_ways,
     samples_fit_into_packs,
