@@ -274,7 +274,9 @@ class Policy:
         if not self.routers.measure_load(self.settings.moe):
             return None
         mask = ~batch.real
-        return mask if chunk.module.pre_process else self._seen_by_routers(mask)
+        if not self.settings.layout.sequence_parallel_on or chunk.module.pre_process:
+            return mask
+        return self._seen_by_routers(mask)
 
     def _seen_by_routers(self, values: Tensor) -> Tensor:
         """[1, local] as routers see it: with sequence parallelism a tensor rank's part."""

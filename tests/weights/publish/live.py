@@ -24,6 +24,7 @@ from tests.servers import VOCABULARY
 CLOSE = 1e-4  # log-probs in float32, by different kernels
 SECONDS = 120.0  # far above what anything here takes: a hang fails
 PROMPT_LENGTH, LONG = 8, 96  # tokens of a request and of its response
+LONGEST = 1536  # that the model's positions allow
 AT_ONCE = 32
 
 
@@ -116,17 +117,25 @@ class Load:
         generator = np.random.default_rng(seed)
         self._prompts = [generator.integers(0, VOCABULARY, PROMPT_LENGTH).tolist() for _ in range(AT_ONCE)]
         self._requests: list[asyncio.Task[Response]] = []
+        self.length = LONG  # tokens of a response
         self.finished: list[Response] = []
 
     def connect(self, url: str) -> Client:
         return _Loaded(url, self)
 
     async def begin(self, client: Client) -> None:
+        while not await self._begun(client):  # a busy machine: the first had ended before this heard of the last
+            await asyncio.gather(*self._requests)
+            self.length *= 4
+            assert self.length <= LONGEST
+
+    async def _begun(self, client: Client) -> bool:
+        """Begin all; are all under way?"""
         begun = asyncio.Semaphore(0)
 
         async def request(prompt: list[int]) -> Response:
             pieces: list[Piece] = []
-            sampling = Sampling(max_new_tokens=LONG, ignore_end=True, piece=4)
+            sampling = Sampling(max_new_tokens=self.length, ignore_end=True, piece=4)
             async for piece in client.stream(prompt, sampling, cache_key="under load"):
                 if not pieces:
                     begun.release()
@@ -136,7 +145,7 @@ class Load:
         self._requests = [asyncio.create_task(request(prompt)) for prompt in self._prompts]
         for _ in self._requests:
             await begun.acquire()
-        assert not any(each.done() for each in self._requests)
+        return not any(each.done() for each in self._requests)
 
     async def end(self) -> None:
         self.finished = list(await asyncio.gather(*self._requests))

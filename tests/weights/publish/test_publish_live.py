@@ -26,10 +26,8 @@ from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 from tests.weights.publish.live import (
     AT_ONCE,
     CLOSE,
-    LONG,
     PROMPT_LENGTH,
     Load,
-    Response,
     connect,
     log_probs,
     run,
@@ -92,19 +90,20 @@ def first_weights(tiny_server: TinyServer) -> Iterator[None]:
     assert not list(MEMORY.glob(f"{PREFIX}*"))
 
 
-def check_survivors(responses: list[Response], mode: str, old: Path, version: int, new: Path | None) -> None:
+def check_survivors(load: Load, mode: str, old: Path, version: int, new: Path | None) -> None:
     """None lost: each is whole, or ended by the pause with what it had. None corrupted: tokens from before have the log-probs
     of the old weights; and where keys and values are computed anew (`new`), those from after have the new weights' own."""
+    responses, long = load.finished, load.length
     assert len(responses) == AT_ONCE
     sequences = [[*response.prompt, *response.tokens] for response in responses]
     before = log_probs(old, sequences)
     after = log_probs(new, sequences) if new is not None else before
     for response, olds, news in zip(responses, before, after, strict=True):
         finish, length = response.pieces[-1].finish, len(response.tokens)
-        assert (finish, length) == ("length", LONG) if mode != "abort" else finish == "abort" and 0 < length < LONG
+        assert (finish, length) == ("length", long) if mode != "abort" else finish == "abort" and 0 < length < long
         assert {piece.version for piece in response.pieces} <= {version - 1, version}
         bound = response.before
-        assert mode == "abort" or bound < LONG  # it was under way: an update that waits for its end would be no update of it
+        assert mode == "abort" or bound < long  # it was under way: an update that waits for its end would be no update of it
         np.testing.assert_allclose(response.log_probs[:bound], olds[PROMPT_LENGTH : PROMPT_LENGTH + bound], atol=CLOSE)
         if new is not None and mode == "retract":
             # The piece in which the version changes may hold tokens of both.
@@ -119,7 +118,7 @@ def test_requests_live_through_a_publish(way: str, mode: str, tiny_server: TinyS
     async def work(publisher: Publisher) -> None:
         report = await publisher.publish(1, [Target(url)])
         assert report.way == way and report.serving == (url,) and report.failures == ()
-        check_survivors(load.finished, mode, tiny_server.model, 1, None)
+        check_survivors(load, mode, tiny_server.model, 1, None)
         assert (await publisher.publish(1, [Target(url)])).outcomes[0].result == "current"
 
     with_publisher(tiny_server.other, work, load.connect, publish={"transport": way}, servers={"update": mode})
@@ -137,7 +136,7 @@ def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
             assert report.serving == (url,), report.failures
 
         with_publisher(new, work, load.connect, publish={"transport": way}, servers={"update": mode})
-        check_survivors(load.finished, mode, old, version, new)
+        check_survivors(load, mode, old, version, new)
         run(serves(url, new, version))
         old, new = new, old
     # Else each publish that empties the cache would wait half a second for a collection of garbage.
