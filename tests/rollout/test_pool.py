@@ -245,7 +245,7 @@ def test_who_cannot_sample_is_refused_with_a_fix(tiny_server: TinyServer, model:
         replace(demands, vocabulary=600): "has 512 tokens; the policy's has 600",
         replace(demands, longest=5000): r"takes 20\d\d tokens at most, samples may have 5000.*--context-length",
         replace(demands, seeded=True): "--enable-deterministic-inference",
-        replace(demands, model=replace(model, hidden=128)): r"hidden of its model .* is 64; the policy's is 128; start it with",
+        replace(demands, model=replace(model, hidden=128)): r"hidden of its model .* is 64; the policy's 128; start it with",
     }.items():
         with pytest.raises(UnsuitableServer, match=said):
             with_pool(tiny_server, talk_of_nothing, wrong)

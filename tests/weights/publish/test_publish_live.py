@@ -213,7 +213,7 @@ def test_a_server_killed_in_the_middle_of_a_publish(more: More, tiny_server: Tin
     assert during == {survivor: "updated", twin.url: "dropped"} and seen.during.serving == (survivor,)
     (failure,) = seen.during.failures
     broken = (
-        r"(/update_weights_from_distributed: \w|: the broadcast of weights to it broke off: \w)"  # whichever is noticed first
+        r"(/update_weights_from_distributed: \S|: the broadcast of weights to it broke off: \S)"  # whichever is noticed first
     )
     assert re.match(rf"{twin.url} \(dropped\): {twin.url}{broken}", failure), failure
     assert seen.version == 1 and seen.health == {survivor: "healthy", twin.url: "quarantined"}
