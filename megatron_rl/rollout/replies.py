@@ -106,6 +106,11 @@ class StreamReader:
         told = member(event, "meta_info", dict)
         if member(told, "id", str) != self._request:
             raise Untrusted(f"it answers request {told['id']}, not {self._request}")
+        finish, version = _finish(told), version_number(member(told, "weight_version", str))
+        if finish == "abort" and "prompt_tokens" not in told:
+            # Ended while it waited in the queue, to be begun or to go on after a pause: such an answer counts no prompt, and
+            # repeats a token that has been sent. What came before it stays, the rest was never sent.
+            return Piece([], [], version, finish)
         if member(told, "prompt_tokens", int) != self._prompt:
             raise Untrusted(f"it counts {told['prompt_tokens']} prompt tokens of {self._prompt}")
         total = member(told, "completion_tokens", int)
@@ -114,11 +119,10 @@ class StreamReader:
         tokens = self._new(member(event, "output_ids", list), total, "output_ids")
         log_probs = self._log_probs(self._new(member(told, "output_token_logprobs", list), total, "log-probs"), tokens)
         self._count = total
-        finish = _finish(told)
         return Piece(
             tokens,
             log_probs,
-            version_number(member(told, "weight_version", str)),
+            version,
             finish,
             self._routing(told, finish) if finish is not None and self._shape is not None else None,
             member(told, "cached_tokens", int),

@@ -61,6 +61,20 @@ def test_both_ways_of_streaming_give_the_same_pieces(cumulative: bool) -> None:
     np.testing.assert_array_equal(whole.routing, ROUTING)
 
 
+def test_a_request_that_ends_in_the_queue_keeps_what_had_come() -> None:
+    """Put back by a pause and then aborted: the answer counts no prompt, and repeats the last token."""
+    read = reader()
+    last = event([2], 3, "abort")
+    for name in ("prompt_tokens", "cached_tokens", "routed_experts"):
+        del last["meta_info"][name]
+    whole = gather([read.read(event([1, 2], 2)), read.read(last)])
+    assert (whole.tokens.tolist(), whole.finish, whole.routing) == ([1, 2], "abort", None)
+    assert whole.spans == (Span(5, 2),)
+    last["meta_info"]["finish_reason"] = {"type": "length"}
+    with pytest.raises(Untrusted, match="prompt_tokens is missing"):
+        reader().read(last)
+
+
 LIES: dict[str, tuple[Change, str]] = {
     "no tokens": (lambda e: e.pop("output_ids"), "output_ids is missing"),
     "no meta": (lambda e: e.pop("meta_info"), "meta_info is missing"),
