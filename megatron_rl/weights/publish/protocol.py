@@ -3,8 +3,8 @@
 Whatever happens on the way, a server that was paused is either generating again with whole weights, its old or its new ones,
 or quarantined: emptied of requests, left paused, and said to be so. A request never meets half an update.
 
-While an update is under way the server's weights carry the version `UNFINISHED`, which is no version of a run: should a
-token slip out, nobody takes it for one of either policy.
+While an update is under way the server's weights carry the version `UNFINISHED`, which is no version of a run. Tokens that
+were sampled before the pause, and that a busy server sends only now, carry it too: theirs is read as not known.
 """
 
 import asyncio

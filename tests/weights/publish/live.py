@@ -23,9 +23,10 @@ from tests.servers import VOCABULARY
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
 SECONDS = 120.0  # far above what anything here takes: a hang fails
-PROMPT_LENGTH, LONG = 8, 96  # tokens of a request and of its response
+PROMPT_LENGTH, LONG = 8, 192  # tokens of a request and of its response
 LONGEST = 1536  # that the model's positions allow
 AT_ONCE = 32
+SETTLED = 0.3  # seconds in which what a paused server had sent has been heard
 
 
 def settings_of(model: Path, publish: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
@@ -105,9 +106,9 @@ class Response:
 
     @property
     def before(self) -> int:
-        """Tokens that came under the first version."""
+        """Tokens that came under the first version, or, sampled by it, were still on their way when an update had begun."""
         first = self.pieces[0].version
-        return sum(len(piece.tokens) for piece in self.pieces if piece.version == first)
+        return sum(len(piece.tokens) for piece in self.pieces if piece.version in (first, None))
 
 
 class Load:
@@ -123,14 +124,18 @@ class Load:
     def connect(self, url: str) -> Client:
         return _Loaded(url, self)
 
-    async def begin(self, client: Client) -> None:
-        while not await self._begun(client):  # a busy machine: the first had ended before this heard of the last
-            await asyncio.gather(*self._requests)
-            self.length *= 4
-            assert self.length <= LONGEST
+    @property
+    def too_short(self) -> bool:
+        """Has one come to its end? On a busy machine it may, before this has heard of all."""
+        return any(each.done() and each.result().pieces[-1].finish == "length" for each in self._requests)
 
-    async def _begun(self, client: Client) -> bool:
-        """Begin all; are all under way?"""
+    async def lengthen(self) -> None:
+        await asyncio.gather(*self._requests)
+        self.length *= 2
+        assert self.length <= LONGEST
+
+    async def begin(self, client: Client) -> None:
+        """Begin all, and hear of each."""
         begun = asyncio.Semaphore(0)
 
         async def request(prompt: list[int]) -> Response:
@@ -145,7 +150,6 @@ class Load:
         self._requests = [asyncio.create_task(request(prompt)) for prompt in self._prompts]
         for _ in self._requests:
             await begun.acquire()
-        return not any(each.done() for each in self._requests)
 
     async def end(self) -> None:
         self.finished = list(await asyncio.gather(*self._requests))
@@ -159,8 +163,14 @@ class _Loaded(Client):
         self._load = load
 
     async def pause(self, mode: PauseMode) -> None:
-        await self._load.begin(self)
-        await super().pause(mode)
+        while True:
+            await self._load.begin(self)
+            await super().pause(mode)
+            await asyncio.sleep(SETTLED)
+            if not self._load.too_short:
+                return
+            await super().resume()
+            await self._load.lengthen()
 
     async def close(self) -> None:
         await self._load.end()
