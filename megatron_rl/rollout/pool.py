@@ -7,7 +7,8 @@ nothing on a server; control calls are not.
 **Versions of weights.** A server reports a version in each piece of a stream: the one that it has when it sends the piece. Two
 things make this exact for every token. With servers.update=abort an update ends all responses before it begins, tokens and
 all, and what is left of them is asked for anew. With retract and in_place responses live on; then a piece is a single token,
-and an update begins only after the server's scheduler has confirmed its pause, by which all tokens from before are streamed.
+and an update begins only after the server's scheduler has confirmed its pause: a token from before that a busy server sends
+later than that has no version, never a wrong one, because weights have none while they change (`publish.protocol`).
 """
 
 import asyncio
