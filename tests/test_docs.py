@@ -2,9 +2,6 @@
 
 import ast
 import re
-import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,60 +15,19 @@ from megatron_rl.cli import app
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.names import FOREIGN_NAMES, open_name, open_names, section_names, setting_fields
 from megatron_rl.observe.vocabulary import KNOWN
+from tests.pages import COMMANDS, PAGES, ROOT, Line, short
 from tools.settings_docs import PAGE as SETTINGS
 from tools.settings_docs import text as settings_text
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What may stand before the words of a command: variables, a launcher with its options.
-BEGINNING = re.compile(r"\s*(?:\w+=\S+ )*(?:torchrun (?:\S+ )*-m megatron_rl\.cli|(?:\.venv/bin/)?megatron-rl)(?= |$)")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 # Names in backticks that look like settings of one of our sections, and are modules, methods or files.
 OTHERWISE = re.compile(r"\.(py|md|yaml|json|jsonl|toml|parquet|html|sh|svg|lock|partial)\b|[(/]")
-
-
-def short(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-@cache
-def lines(page: Path) -> list[str]:
-    """The page's lines, those that a backslash continues put together."""
-    return re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8")).splitlines()
 
 
 @cache
 def prose(page: Path) -> str:
     """The page without its blocks of code."""
     return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A command as a page writes it: the words behind the program's name."""
-
-    page: Path
-    words: list[str]
-    whole: bool  # in a block, to be typed as it is; else in a sentence, where arguments may be missing
-
-    def __str__(self) -> str:
-        return f"{short(self.page)}: {' '.join(self.words)}"
-
-
-def commands(page: Path) -> Iterator[Line]:
-    fenced = False
-    for line in lines(page):
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        block = fenced or line.startswith("    ")
-        for piece in [line] if block else re.findall(r"`([^`]+)`", line):
-            start = BEGINNING.match(piece)
-            if start:
-                words = shlex.split(piece[start.end() :], comments=True)
-                yield Line(page, words if block else ["1" if word == "N" else word for word in words], block)
-
-
-COMMANDS = [line for page in PAGES for line in commands(page) if line.words]
 
 
 @cache

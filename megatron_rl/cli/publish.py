@@ -91,7 +91,7 @@ def publish(
             report = _publish(
                 source,
                 settings,
-                [url.rstrip("/") for url in server],
+                list(dict.fromkeys(url.rstrip("/") for url in server)),  # each once: a server cannot join twice
                 version,
                 lambda url: Client(url, vocabulary, key),
                 quantization,
