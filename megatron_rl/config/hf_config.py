@@ -85,6 +85,11 @@ def read_hf_config(path: Path) -> HfConfig:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         wanted = "give a Hugging Face config.json or the folder that holds it"
+        if (path / "manifest.json").is_file():
+            wanted = (
+                "the folder is a checkpoint of a run. Go on with that run (megatron-rl train --resume RUN_DIR), begin from its "
+                "exports/, or make a Hugging Face checkpoint of it (megatron-rl convert --format hf)"
+            )
         raise SettingsError(f"policy.config: {file} does not exist; {wanted}") from error
     except OSError as error:
         raise SettingsError(f"policy.config: {file} cannot be read: {error.strerror}") from error

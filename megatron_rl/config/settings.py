@@ -216,6 +216,11 @@ class DeviceSettings(Section):
     threads: PositiveInt | None = Field(
         None, description="CPU threads a rank, or a server on a CPU; default: cores divided by ranks, or by servers."
     )
+    tflops: PositiveFloat | None = Field(
+        None,
+        description="10^12 bf16 operations a second that one device could do at most, for the metric rate/mfu; "
+        "default: what NVIDIA states for its data-centre GPUs, and no such metric elsewhere.",
+    )
 
 
 class Settings(Section):

@@ -23,6 +23,12 @@ from megatron_rl.config.settings import DeviceSettings
 
 CPU = torch.device("cpu")
 
+# 10^12 operations a second in bf16, dense, that NVIDIA states for a GPU of this name; the first name that fits counts.
+TFLOPS = {
+    "A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H20": 148.0, "GB200": 2500.0,
+    "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Device:
@@ -32,6 +38,7 @@ class Device:
     torch_device: torch.device
     backend: Literal["gloo", "nccl"]
     transformer_engine: bool
+    flops: float | None = None  # operations a second that it could do at most in bf16, where that is known
 
     @property
     def cuda(self) -> bool:
@@ -71,9 +78,9 @@ def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int 
                 "Start one rank a GPU (torchrun --nproc-per-node)."
             )
         torch.cuda.set_device(local_rank)
-        return Device(
-            "cuda", torch.device("cuda", local_rank), "nccl", importlib.util.find_spec("transformer_engine") is not None
-        )
+        transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+        flops = _most_flops(settings, torch.cuda.get_device_name(local_rank))
+        return Device("cuda", torch.device("cuda", local_rank), "nccl", transformer_engine, flops)
     if has_cuda:
         raise SettingsError(
             "device.kind=cpu on a machine with CUDA: Megatron-core would pick the GPU by itself. "
@@ -82,7 +89,13 @@ def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int 
     threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(threads)
     adapt_to_cpu()
-    return Device("cpu", CPU, "gloo", transformer_engine=False)
+    return Device("cpu", CPU, "gloo", transformer_engine=False, flops=_most_flops(settings, "CPU"))
+
+
+def _most_flops(settings: DeviceSettings, name: str) -> float | None:
+    if settings.tflops is not None:
+        return settings.tflops * 1e12
+    return next((tflops * 1e12 for known, tflops in TFLOPS.items() if known in name), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

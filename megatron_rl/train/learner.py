@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_rl.config.settings import Settings
+from megatron_rl.data.packing import CostModel
 from megatron_rl.objectives.advantages import Advantage
 from megatron_rl.objectives.base import Objective
 from megatron_rl.objectives.compose import ComposedObjective
@@ -51,6 +52,7 @@ class LearnReport:
     metrics: Mapping[str, float]
     tokens: int  # of all samples, prompts included
     written: int  # of these, the ones that count
+    flops: float  # of one forward pass over all of them
     look: Look | None = None
 
 
@@ -104,7 +106,8 @@ class Learner:
             with clock.phase("look"):
                 seen = self._look(minibatches[0], experience.of_first_groups(parts[0], traces))
             metrics |= seen.metrics
-        return LearnReport(updates, metrics, int(experience.lengths.sum()), int(experience.loss_tokens.sum()), seen)
+        flops = float(CostModel.of(self.policy.architecture).cost(experience.lengths).sum())
+        return LearnReport(updates, metrics, int(experience.lengths.sum()), int(experience.loss_tokens.sum()), flops, seen)
 
     # -- before the first update ---------------------------------------------------------------------------------------
 

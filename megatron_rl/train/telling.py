@@ -56,6 +56,7 @@ def step_record(
         **arrived.metrics,
         **published,
         **_rates(report, seconds),
+        **_utilisation(policy, report, seconds),
         **seconds,
         "memory/peak": float(max(policy.layout.everyone_has(policy.layout.device.peak_memory()))),
     }
@@ -74,6 +75,14 @@ def _rates(report: LearnReport, seconds: Mapping[str, float]) -> dict[str, float
         "rate/update": (report.tokens, seconds.get("seconds/update", 0.0)),
     }
     return {name: tokens / taken for name, (tokens, taken) in counted.items() if taken > 0}
+
+
+def _utilisation(policy: Policy, report: LearnReport, seconds: Mapping[str, float]) -> dict[str, float]:
+    """MFU of the updates. A backward pass is two forward passes; what is computed anew to save memory does not count."""
+    most, taken = policy.layout.device.flops, seconds.get("seconds/update", 0.0)
+    if most is None or taken <= 0:
+        return {}
+    return {"rate/mfu": 3 * policy.settings.batch.epochs * report.flops / (taken * most * policy.layout.world_size)}
 
 
 def _versions() -> dict[str, str]:

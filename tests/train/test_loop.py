@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.errors import SettingsError
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.load import load_settings
+from megatron_rl.data.packing import CostModel
 from megatron_rl.observe.journal import Journal
 from megatron_rl.observe.records import EvaluationRecord, RunRecord, StepRecord
 from megatron_rl.rollout.bank.reader import BankReader
@@ -47,12 +50,19 @@ def ages(bank: Path) -> list[int]:
     return [step - min(table.column("oldest_version").to_pylist()) for step, table in tables.items()]
 
 
+def flops(folder: Path, step: int) -> float:
+    """Of one pass over a step's samples."""
+    model = CostModel.of(read_architecture(load_settings(folder / "settings.yaml").policy.config))
+    with BankReader(folder / "bank") as reader:
+        return float(model.cost(reader.step(step).plan().column("length").to_numpy()).sum())
+
+
 def test_in_turns(tiny_server: TinyServer, tmp_path: Path) -> None:
     """Sampling, learning and publishing take turns: each step is sampled from the weights of the step before, all of them."""
     folder = tmp_path / "run"
     evaluation = {"every": 3, "prompts": 3, "samples": 2}
     checkpoint = {"every": 2, "export_every": 4, "export_dtype": "float32"}
-    settings = run_settings(tiny_server, folder, evaluation=evaluation, checkpoint=checkpoint)
+    settings = run_settings(tiny_server, folder, evaluation=evaluation, checkpoint=checkpoint, device={"tflops": 0.05})
     notes = Notes()
     assert train(settings, observers=[Journal(folder), notes]).step == 4
     assert (notes.begun, notes.ended, [record.step for record in notes.steps]) == ([0], True, [0, 1, 2, 3])
@@ -63,6 +73,9 @@ def test_in_turns(tiny_server: TinyServer, tmp_path: Path) -> None:
         assert record.metrics["old_k3"] > 0 and record.metrics["grad_norm"] > 0
         phases = {span.name for span in record.spans}
         assert {"wait", "sample", "old", "update"} <= phases
+        assert record.metrics["rate/mfu"] == pytest.approx(
+            3 * flops(folder, record.step) / record.metrics["seconds/update"] / 5e10
+        )
     assert [(found.step, found.name) for found in notes.evaluations] == [(step, "arithmetic") for step in (0, 3, 4)]
     for found in notes.evaluations:
         assert "avg@2" in found.metrics and found.results is not None and (folder / found.results).is_file()
