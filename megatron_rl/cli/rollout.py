@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from megatron_rl.cli.screen import make_console, tell_warnings, told_to_the_user
+from megatron_rl.cli.screen import STOPPED, make_console, tell_warnings, told_to_the_user
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.families import read_architecture
@@ -17,8 +17,6 @@ from megatron_rl.config.settings import Settings
 
 if TYPE_CHECKING:
     from megatron_rl.rollout.only import Filled
-
-STOPPED = 143  # exit code when it was told to stop: the shell's for SIGTERM
 
 
 def rollout(

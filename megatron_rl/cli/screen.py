@@ -13,6 +13,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.train import ranks
 
 WRONG_SETTINGS = 2  # exit code, as for a command line that cannot be understood
+STOPPED = 143  # exit code of a run that was told to stop: the shell's for SIGTERM
 PIPE_WIDTH = 160  # columns when the output is no terminal, which would tell its own
 
 

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.cli.screen import told_to_the_user
+from megatron_rl.cli.screen import STOPPED, make_console, told_to_the_user
 from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.load import load_settings
-from megatron_rl.train.ranks import launched
+from megatron_rl.train.ranks import launched, speaks
 from megatron_rl.train.upstream import quiet_upstream
 
 
@@ -30,7 +30,8 @@ def sft(
 
     With `data.validation_share`, or validation sources, the loss on held-out rows is measured before and after. At the end the
     model is written to `exports/final` in the run's folder, as a Hugging Face checkpoint with its tokenizer. Checkpoints go to
-    `checkpoints`; with `--resume` a run that was killed continues exactly.
+    `checkpoints`; with `--resume` a run that was killed continues exactly. Told to stop (SIGTERM, Ctrl-C), it saves and ends.
+    `megatron-rl report` shows its curves.
 
     **Examples**
 
@@ -46,6 +47,11 @@ def sft(
             require_valid(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1)
         start_ranks(settings)
         quiet_upstream()
+        from megatron_rl.observe import observers_of
         from megatron_rl.train import supervised
 
-        supervised.main(settings, resume=resume)
+        console = make_console()
+        console.quiet = not speaks()
+        observers = observers_of(settings, console) if speaks() else ()
+        if not supervised.main(settings, resume=resume, observers=observers, console=console):
+            raise typer.Exit(STOPPED)

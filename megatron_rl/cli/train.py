@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_rl.cli.screen import make_console, tell_warnings, told_to_the_user
+from megatron_rl.cli.screen import STOPPED, make_console, tell_warnings, told_to_the_user
 from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.errors import SettingsError
@@ -18,8 +18,6 @@ from megatron_rl.config.show import render_layout, render_settings
 from megatron_rl.train.folder import require_fresh, settings_file
 from megatron_rl.train.ranks import speaks
 from megatron_rl.train.upstream import quiet_upstream
-
-STOPPED = 143  # exit code of a run that was told to stop: the shell's for SIGTERM
 
 
 def train(

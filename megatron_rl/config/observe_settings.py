@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_rl.config.section import Section
 
@@ -13,6 +13,7 @@ class ObserveSettings(Section):
     console: Literal["auto", "lines", "off"] = Field(
         "auto", description="lines: one line a step. auto: also a progress bar, on a terminal. off: nothing."
     )
+    console_every: PositiveInt = Field(1, description="Steps from one such line to the next; the last step has one too.")
     console_metrics: tuple[str, ...] = Field(
         (), description="Further metrics in each step's line, by the names that they have in metrics.jsonl."
     )

@@ -16,6 +16,7 @@ from megatron_rl.observe.vocabulary import meaning
 COLUMNS = {
     "reward/mean": "reward",
     "loss": "loss",
+    "negative_log_likelihood": "−log p",
     "clip_fraction": "clipped",
     "old_k3": "kl",
     "mismatch_k3": "mismatch",
@@ -34,6 +35,7 @@ class ConsoleObserver:
         settings = settings or ObserveSettings()
         self._console = console
         self._columns = COLUMNS | {name: name for name in settings.console_metrics if name not in COLUMNS}
+        self._every = settings.console_every
         self._bar: Progress | None = None
         self._wants_bar = console.is_terminal and settings.console == "auto"
         self._task: TaskID | None = None
@@ -52,9 +54,11 @@ class ConsoleObserver:
             atexit.register(self._stop_bar)  # a run that fails leaves the terminal as it was
 
     def step(self, record: StepRecord) -> None:
-        self._say(step_line(record, self._columns, self._steps))
+        done = record.step + 1
+        if done % self._every == 0 or done == self._steps:
+            self._say(step_line(record, self._columns, self._steps))
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=record.step + 1)
+            self._bar.update(self._task, completed=done)
 
     def evaluated(self, record: EvaluationRecord) -> None:
         numbers = "  ".join(f"{name} {shown(name, value)}" for name, value in record.metrics.items())

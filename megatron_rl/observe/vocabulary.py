@@ -22,6 +22,7 @@ KNOWN: dict[str, Meaning] = {
     "reward/std": Meaning("spread of rewards", "Standard deviation of the reward over the step's samples."),
     "loss": Meaning("loss", "What the optimizer steps on, penalties included. Its level says little, jumps say much."),
     "negative_log_likelihood": Meaning("−log p", "Mean −log p of the tokens to be learned.", "nats"),
+    "learned_tokens": Meaning("learned tokens", "Tokens of the step's responses, those that count.", "tokens"),
     "grad_norm": Meaning("gradient norm", "Norm of the whole gradient before it is clipped."),
     "skipped_updates": Meaning("skipped updates", "Optimizer steps left out: the loss or the gradient was not finite."),
     "lr": Meaning("learning rate", "Of the last optimizer step."),

@@ -9,16 +9,17 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from megatron_rl.cli import app
 from megatron_rl.config.load import load_settings
 from megatron_rl.data.prompts import open_prompts, open_tokenizer
-from megatron_rl.train.supervised import Metrics
 from megatron_rl.train.toy_model import write_toy_model
+from tests.train.runs import learned, metrics
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "megatron_rl.cli", "sft"]
@@ -44,8 +45,11 @@ def sft(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def evaluations(folder: Path) -> dict[int, float]:
+    """Held-out loss by steps done."""
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert {line["name"] for line in lines} == {"held_out"}
+    return {line["step"]: line["metrics"]["negative_log_likelihood"] for line in lines}
 
 
 def loss_by_transformers(model: Path, recipe: Path) -> float:
@@ -70,10 +74,10 @@ def test_it_learns_and_resumes_identically(recipe: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     assert "360 rows to learn from, 20 held out" in result.stdout
-    lines = metrics(whole)
-    losses = [line["negative_log_likelihood"] for line in lines if "loss" in line]
-    assert len(losses) == 24 and losses[-1] < 0.6 * losses[0]
-    held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    losses = [line["negative_log_likelihood"] for line in metrics(whole)]
+    assert [line["step"] for line in metrics(whole)] == list(range(24)) and losses[-1] < 0.6 * losses[0]
+    assert all(line["rate/tokens"] > 0 and line["skipped_updates"] == 0 for line in metrics(whole))
+    held_out = evaluations(whole)
     assert held_out.keys() == {0, 24} and held_out[24] < 0.6 * held_out[0]
     final = whole / "exports" / "final"
     assert held_out[24] == pytest.approx(loss_by_transformers(final, recipe), rel=1e-4)
@@ -88,26 +92,14 @@ def test_it_learns_and_resumes_identically(recipe: Path, tmp_path: Path) -> None
     # As if killed after step 9, while a line was being written: what came after it never was.
     shutil.copytree(whole / "checkpoints" / "step_00000009", killed / "checkpoints" / "step_00000009")
     text = (whole / "metrics.jsonl").read_text()
-    (killed / "metrics.jsonl").write_text(text[: text.index('{"step": 13')] + '{"step": 13, "lo')
+    (killed / "metrics.jsonl").write_text(text[: text.index('{"step":13')] + '{"step":13,"lo')
     again = sft(recipe, f"run.directory={killed}", "--resume")
     assert again.returncode == 0, again.stderr
     assert "step_00000009" in again.stdout
-    resumed = [line for line in metrics(killed) if line.get("held_out_loss") is None or line["step"] != 9]
-    assert resumed == lines
+    assert learned(killed) == learned(whole) and evaluations(killed) == {24: held_out[24]}
     assert (killed / "exports" / "final" / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
-
-
-def test_metrics_of_steps_that_were_lost_are_forgotten(tmp_path: Path) -> None:
-    written = Metrics(tmp_path / "metrics.jsonl", writes=True)
-    written.keep_until(3)  # nothing is there yet
-    for step in range(5):
-        written.append({"step": step})
-    with open(written.path, "a") as file:
-        file.write('{"step": 2')
-    written.keep_until(2)
-    assert metrics(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}]
-    Metrics(written.path, writes=False).append({"step": 9})  # of a rank that does not write
-    assert len(metrics(tmp_path)) == 3
+    reported = CliRunner().invoke(app, ["report", str(whole)])
+    assert reported.exit_code == 0 and "negative_log_likelihood" in (whole / "report.html").read_text()
 
 
 def test_bad_settings_end_before_ranks_start(recipe: Path, tmp_path: Path) -> None:
@@ -142,7 +134,9 @@ def test_ranks_end_with_the_command(recipe: Path, number: signal.Signals, tmp_pa
         children = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _parent(path) == process.pid]
         assert len(children) == 2
         process.send_signal(number)
-        assert process.wait(timeout=60) not in (0, None)
+        assert process.wait(timeout=60) == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+        saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+        assert (f"step_{len(metrics(tmp_path)):08}" in saved) == (number != signal.SIGKILL)
         deadline = time.monotonic() + 30  # after a kill -9 it is Linux that ends them
         while any(_runs(child) for child in children):
             assert time.monotonic() < deadline
