@@ -32,6 +32,7 @@ class Weights:
 
     version: int
     load: Load | None = None  # None: only the next update brings a server that missed one back
+    brought: bool = False  # by an update: a server that starts anew does not have them, whatever number it gives to its own
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -142,7 +143,7 @@ class Caretaker:
         worker.restarts += 1
         worker.server = await start_again(worker.server)
         worker.strikes = worker.rests = 0
-        worker.torn = False
+        worker.torn = self._weights.brought
         await worker.client.close()
         worker.client = self._make_client(worker.url)
         self._move(Dead, Starting())
@@ -165,7 +166,7 @@ class Caretaker:
             if version == weights.version and not worker.torn:
                 self._move(type(before), Healthy())
             else:
-                has = "half-updated weights" if worker.torn else f"weights {version}"
+                has = "none of a run's weights, or half of them" if worker.torn else f"weights {version}"
                 self._move(type(before), Outdated(f"it has {has}, the others {weights.version}"))
 
     async def _version(self, info: ServerInfo) -> int | None:

@@ -87,7 +87,7 @@ async def publish_to_pool(
         await wait(paused.__aexit__(None, None, None))
 
     present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
-    return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
+    return await publisher.publish(version, [Target(worker.url, anew=worker.torn) for worker in present], tell, halt)
 
 
 async def _here(coroutine: Coroutine[Any, Any, Any]) -> Any:

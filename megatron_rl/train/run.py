@@ -44,7 +44,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_fresh(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
-    with Stopper() as stopper, ExitStack() as stack:
+    with Stopper(settings.checkpoint.grace_seconds) as stopper, ExitStack() as stack:
         thread = None
         if launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps:
             thread = SamplingThread(lambda: _session(settings, state))
@@ -60,6 +60,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         opened = _source(settings, policy, stopper, thread)
         if opened is None:
             return state
+        stopper.learns = True
         learner = Learner(policy, goal, advantage, settings, reference)
         learner.initial_entropy = state.initial_entropy
         told = tuple(observers) if policy.layout.is_main else ()

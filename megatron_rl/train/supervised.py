@@ -17,7 +17,6 @@ from rich.progress import Progress, TextColumn
 from megatron_rl.config.checks import require_valid
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
-from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.data.demonstrations import Demonstrations, Demonstrator, held_out_sequences
 from megatron_rl.data.prompts import open_prompts, open_tokenizer
@@ -28,6 +27,7 @@ from megatron_rl.policy.hf_export import HfExporter
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.state import load_policy, save_policy
+from megatron_rl.train.folder import begin
 from megatron_rl.types import Sequence
 from megatron_rl.weights.checkpoint_files import latest_checkpoint, step_folder
 
@@ -105,8 +105,7 @@ def _opened(settings: Settings, launch: Launch) -> Iterator[Policy]:
 
 def _begin(settings: Settings, metrics: "Metrics", step: int) -> None:
     """The run's folder, its settings, and its metrics up to here: what followed a lost checkpoint never was."""
-    settings.run.directory.mkdir(parents=True, exist_ok=True)
-    (settings.run.directory / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    begin(settings)
     metrics.keep_until(step)
 
 
