@@ -31,7 +31,7 @@ def settings_file(folder: Path) -> Path:
     path = folder / SETTINGS
     if not path.is_file():
         raise SettingsError(
-            f"--resume {folder}: there is no run in it ({SETTINGS} is missing). Give a run.directory; a run that ended before its "
-            "servers were up left none, and is begun again with its settings file."
+            f"--resume {folder}: there is no run in it ({SETTINGS} is missing). Give a run.directory; a run that ended before "
+            "its servers were up left none, and is begun again with its settings file."
         )
     return path
