@@ -4,7 +4,6 @@ Every rank has a source and calls it alike. Of servers only the main rank knows:
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
@@ -21,16 +20,12 @@ from megatron_rl.rollout.bank.sealed import SealedStep
 from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
-from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Outdated
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session
 from megatron_rl.train.publishing import open_publisher, publish_to_pool
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.stopping import Stopper
-from megatron_rl.weights.publish.report import Report
-
-logger = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds between the main rank's words to ranks that wait
 
@@ -133,18 +128,11 @@ class Rollouts:
         return found
 
     def publish(self, version: int) -> dict[str, float]:
-        """Weights that no server takes now, since all are dead or ill, wait until one is back (`_attend`)."""
+        """Weights that no server takes, since all are dead or ill, wait until one is back (`_attend`)."""
         self._version = version
         pool = self._thread.session.pool if self._thread is not None else None
         on_pool = self._thread.wait if self._thread is not None else None
-        try:
-            report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
-        except UpdateFailed as error:
-            report = Report(version, None, self._publisher.bytes, 0.0, ())
-            if self._thread is not None:
-                logger.warning("%s\nThe run goes on; servers get them when they are back.", error)
-        if self._thread is not None and not report.serving:
-            self._thread.call(lambda session: session.pool.fleet.expect(version))
+        report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
         differences = [outcome.difference for outcome in report.outcomes if outcome.difference is not None]
         return {
             "publish/seconds": report.seconds,
