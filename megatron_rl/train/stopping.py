@@ -1,5 +1,6 @@
 """Hearing that a run shall end: SIGTERM, as SLURM sends before it takes a machine away, or Ctrl-C."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,11 +36,11 @@ class Stopper:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other hears signals
-            self._heard, told = socket.socketpair()
-            told.setblocking(False)
-            self._told = told
-            self._wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._bound, name="stopping", daemon=True).start()
+            self._heard, self._told = socket.socketpair()
+            self._told.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._bound, name="stopping", daemon=True)
+            self._thread.start()
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
@@ -48,6 +49,8 @@ class Stopper:
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             self._told.close()  # the thread hears it, and ends
+            self._thread.join()
+            self._heard.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -55,13 +58,13 @@ class Stopper:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        self._told.send(bytes([number]))  # once more, should an event loop have taken the wake-up for itself
+        with contextlib.suppress(BlockingIOError):  # full of what was told already
+            self._told.send(bytes([number]))  # once more, should an event loop have taken the wake-up for itself
 
     def _bound(self) -> None:
         """In a thread of its own: from the first signal on the time is counted."""
-        with self._heard:
-            while (number := self._heard.recv(1)) and number[0] not in SIGNALS:
-                continue
+        while (number := self._heard.recv(1)) and number[0] not in SIGNALS:
+            continue
         begun = time.monotonic()
         while number and not self._left.wait(GLANCE):
             if time.monotonic() - begun > (self._grace if self.learns else min(self._grace, HURRY)):

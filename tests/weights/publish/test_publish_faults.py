@@ -1,8 +1,10 @@
 """Whatever fails on the way, and whenever: a server is left with whole weights and at work, or put aside."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.suitability import Demands
 from megatron_rl.train.publishing import publish_to_pool
 from megatron_rl.weights.publish.errors import WrongWeights
+from megatron_rl.weights.publish.files import PREFIX
 from megatron_rl.weights.publish.ports import Target
 from megatron_rl.weights.publish.publisher import Publisher
 from tests.servers import SHAPE, VOCABULARY, TinyServer
@@ -157,18 +160,24 @@ def test_a_pool_hears_which_server_failed(tiny_server: TinyServer) -> None:
     run(serves(url, tiny_server.other, 1))
 
 
-def test_a_server_that_began_anew_gets_everything(tiny_server: TinyServer) -> None:
-    """Whatever version it has, and has got before: as one that was started again has the number of the first weights."""
+def test_a_server_that_began_anew_gets_everything(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Whatever version it has, and has got before: as one that was started again has the number of the first weights.
+
+    What another process died over is removed before there is anything to publish.
+    """
     url = tiny_server.server.url
+    dead = tmp_path / f"{PREFIX}.{socket.gethostname()}.{2**22 + 1}.3"  # above the largest process id
+    dead.mkdir()
 
     async def work(publisher: Publisher) -> None:
+        assert not dead.exists()
         results = []
         for anew in (False, False, True):
             report = await publisher.publish(0, [Target(url, anew=anew)])
             results += [outcome.result for outcome in report.outcomes]
         assert results == ["updated", "current", "updated"]
 
-    with_publisher(tiny_server.other, work)
+    with_publisher(tiny_server.other, work, publish={"transport": "disk", "folder": tmp_path})
 
 
 class Corrupting(Client):
