@@ -17,7 +17,6 @@ is left.
 import argparse
 import ctypes
 import itertools
-import json
 import os
 import random
 import signal
@@ -31,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.load import dump_settings, load_settings
+from megatron_rl.observe import lines
+from tests.faults.processes import Processes, alive, busy, command, descendants, read
+from tests.train.runs import learned, metrics
 
 ROOT = Path(__file__).parents[1]
 MEMORY = Path("/dev/shm")
@@ -46,8 +48,6 @@ PATIENCE = 300.0  # seconds for what has to come to pass, far above what it take
 ENOUGH = 5  # steps after a blow, more than are sampled ahead
 LAST_STEPS = 2  # that a run does after the last blow, and at its end
 HALF_WRITTEN = (".partial", ".deleted", ".replaced", ".abandoned", ".tmp")
-# What a run measures of its machine and its servers, not of its learning.
-MEASURED = ("time", "seconds/", "rate/", "memory/", "publish/", "sampling/")
 
 
 @dataclass(frozen=True)
@@ -67,81 +67,6 @@ def plan(seed: int) -> Iterator[Blow]:
         victims, moments = (dice.sample(each, len(each)) for each in (VICTIMS, MOMENTS))
         for victim, moment in zip(victims, moments, strict=True):
             yield Blow(next(number), moment, victim, dice.uniform(0, START if moment == "start-up" else SPAN))
-
-
-# -- processes -----------------------------------------------------------------------------------------------------------
-
-
-def children(process: int) -> list[int]:
-    """Of all its threads."""
-    found = []
-    for thread in Path(f"/proc/{process}/task").glob("*/children"):
-        found += [int(child) for child in read(thread).split()]
-    return sorted(found)
-
-
-def descendants(process: int) -> list[int]:
-    return [each for child in children(process) for each in (child, *descendants(child))]
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # the process has ended
-        return b""
-
-
-def command(process: int) -> str:
-    return read(Path(f"/proc/{process}/cmdline")).replace(b"\0", b" ").decode(errors="replace")
-
-
-def busy(process: int) -> bool:
-    """Does it compute?"""
-    state = read(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()
-    return bool(state) and state[0] == b"R"
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Those of a run, as far as they are there."""
-
-    launcher: int
-    ranks: tuple[int, ...]
-    keeper: int | None
-    server: int | None
-    parts: tuple[int, ...]  # of the server
-
-    @classmethod
-    def of(cls, launcher: int) -> "Processes":
-        def rank(process: int) -> int:
-            variables = read(Path(f"/proc/{process}/environ")).split(b"\0")
-            return next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), -1)
-
-        ranks = tuple(sorted((each for each in children(launcher) if rank(each) >= 0), key=rank))
-        keepers = [each for each in (children(ranks[0]) if ranks else []) if "keeper.py" in command(each)]
-        keeper = keepers[-1] if keepers else None
-        server = next(iter(children(keeper)), None) if keeper else None
-        return cls(launcher, ranks, keeper, server, tuple(descendants(server)) if server else ())
-
-    def named(self, victim: str) -> list[int]:
-        """The processes of a victim; none as long as it is not there."""
-        match victim:
-            case "a rank":
-                return list(self.ranks[1:])
-            case "the main rank":
-                return list(self.ranks[:1])
-            case "the launcher":
-                return [self.launcher]
-            case "the server":
-                return [self.server] if self.server else []
-            case "its scheduler" | "its detokenizer":
-                return [part for part in self.parts if f"sglang::{victim.removeprefix('its ')}" in command(part)]
-            case "its keeper":
-                return [self.keeper] if self.keeper else []
-            case "the server's tree":
-                return [self.keeper, self.server, *self.parts] if self.keeper and self.server else []
-            case _:
-                return [self.launcher, *descendants(self.launcher)]
 
 
 # -- the run -------------------------------------------------------------------------------------------------------------
@@ -197,7 +122,7 @@ class Run:
         return "ranks from" in self.words
 
     def steps(self) -> int:
-        return len(lines(self.folder / "metrics.jsonl"))
+        return len(metrics(self.folder))
 
     def until(self, what: str, there: Callable[[], bool], glance: float = 0.05, patience: float = PATIENCE) -> bool:
         """Wait for it; False when the run ends before."""
@@ -239,21 +164,6 @@ class Run:
 def published(ranks: tuple[int, ...]) -> Iterator[Path]:
     """Folders of weights that are on their way."""
     return itertools.chain.from_iterable(MEMORY.glob(f"megatron-rl-publish.*.{rank}.*") for rank in ranks)
-
-
-def alive() -> list[int]:
-    """All that the runs have started, orphans included; what has ended is let go."""
-    left = []
-    for process in children(os.getpid()):
-        state = read(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()
-        if state[:1] == [b"Z"]:
-            try:
-                os.waitpid(process, os.WNOHANG)
-            except ChildProcessError:  # somebody waited for it
-                continue
-        else:
-            left += [process, *descendants(process)]
-    return left
 
 
 def toy_settings(place: Path) -> Any:
@@ -361,17 +271,6 @@ def finish(run: Run) -> int:
 # -- the proof -----------------------------------------------------------------------------------------------------------
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file that may be written to."""
-    return [json.loads(line) for line in read(path).split(b"\n")[:-1]]
-
-
-def learned(folder: Path) -> list[dict[str, Any]]:
-    """What metrics say of learning."""
-    found = lines(folder / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in found]
-
-
 def problems(run: Run, steps: int) -> Iterator[str]:
     """What differs from a run that was never killed, and what is left behind."""
     whole = run.folder.with_name("whole")
@@ -382,10 +281,10 @@ def problems(run: Run, steps: int) -> Iterator[str]:
         if subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode != 0:
             yield f"the uninterrupted run failed: {log.name}"
             return
-    told = [line["step"] for line in lines(run.folder / "metrics.jsonl")]
+    told = [line["step"] for line in metrics(run.folder)]
     if told != list(range(steps)):
         yield f"metrics.jsonl has the steps {told}"
-    evaluated = [line["step"] for line in lines(run.folder / "evaluations.jsonl")]
+    evaluated = [line["step"] for line in lines.read(run.folder / "evaluations.jsonl")]
     if evaluated != sorted({step for step in range(0, steps + 1, 4)} | {steps}):
         yield f"evaluations.jsonl has the steps {evaluated}"
     for own, other in zip(learned(run.folder), learned(whole), strict=False):
