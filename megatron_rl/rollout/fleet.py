@@ -71,6 +71,11 @@ class Fleet:
     def updating(self) -> bool:
         return self._weights.lock.locked()
 
+    @property
+    def starting(self) -> bool:
+        """Does a server of our own start? It has a time-out of its own (servers.start_seconds)."""
+        return any(isinstance(worker.health, Starting) and worker.server is not None for worker in self.workers.values())
+
     # Coming and going.
 
     async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
