@@ -198,8 +198,8 @@ class ToldToStop:
 
 def test_a_run_that_is_told_to_stop_before_it_can_evaluate_does_not() -> None:
     rollouts: Any = ToldToStop()
-    policy: Any = None
-    assert HeldOut(Settings(), policy, rollouts).run(0) == ()
+    nothing: Any = None
+    assert HeldOut(nothing, nothing, rollouts).run(0) == ()
 
 
 def test_when_it_is_time() -> None:
