@@ -190,6 +190,14 @@ def test_killed_runs_go_on_as_if_nothing_had_been(tiny_server: TinyServer, tmp_p
     assert run.end() == 0, run.said
     assert "Traceback" not in run.said.rpartition("resumed at step")[2]
     assert [line["step"] for line in metrics(folder)] == list(range(settings.run.steps))
+    half = [
+        folder / "checkpoints" / "step_00000003.deleted",
+        folder / "exports" / "step_00000003.partial",
+    ]  # a last-moment kill
+    for each in half:
+        each.mkdir(parents=True)
+    assert Run("--resume", str(folder), log=log).end() == 0
+    assert not any(each.exists() for each in half)
 
     whole = settings.model_copy(update={"bank": settings.bank.model_copy(update={"replay": folder / "bank"})})
     whole = whole.model_copy(update={"run": settings.run.model_copy(update={"directory": tmp_path / "whole"})})
