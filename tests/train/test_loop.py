@@ -87,6 +87,13 @@ def test_in_turns(tiny_server: TinyServer, tmp_path: Path) -> None:
     assert learned(tmp_path / "replayed") == learned(folder)
     assert state(tmp_path / "replayed", 4) == state(folder, 4)
 
+    # Killed in its last moment, all that is left to do is to tidy up.
+    half = [folder / "checkpoints" / "step_00000002.deleted", folder / "exports" / "step_00000003.partial"]
+    for each in half:
+        each.mkdir()
+    assert train(settings, resume=True).step == 4
+    assert not any(each.exists() for each in half)
+
     # Killed before its first checkpoint, a run begins with what its bank has. Servers get the first weights all the same.
     again = run_settings(tiny_server, tmp_path / "again", evaluation={"every": 4, "prompts": 2, "samples": 1})
     shutil.copytree(folder / "bank", tmp_path / "again" / "bank")
@@ -190,14 +197,6 @@ def test_killed_runs_go_on_as_if_nothing_had_been(tiny_server: TinyServer, tmp_p
     assert run.end() == 0, run.said
     assert "Traceback" not in run.said.rpartition("resumed at step")[2]
     assert [line["step"] for line in metrics(folder)] == list(range(settings.run.steps))
-    half = [
-        folder / "checkpoints" / "step_00000003.deleted",
-        folder / "exports" / "step_00000003.partial",
-    ]  # a last-moment kill
-    for each in half:
-        each.mkdir(parents=True)
-    assert Run("--resume", str(folder), log=log).end() == 0
-    assert not any(each.exists() for each in half)
 
     whole = settings.model_copy(update={"bank": settings.bank.model_copy(update={"replay": folder / "bank"})})
     whole = whole.model_copy(update={"run": settings.run.model_copy(update={"directory": tmp_path / "whole"})})
