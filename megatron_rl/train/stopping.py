@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-HURRY = 30.0  # seconds until a run that has nothing to save yet is ended; servers of its own may take half of them
+HURRY = 15.0  # seconds until a run that has nothing to save yet is ended; servers of its own end with it
 GLANCE = 0.2  # seconds between looks at whether it has ended
 
 
