@@ -15,7 +15,7 @@ from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
-from megatron_rl.train.folder import require_fresh, settings_file
+from megatron_rl.train.folder import SETTINGS, require_fresh, settings_file
 from megatron_rl.train.ranks import speaks
 from megatron_rl.train.upstream import quiet_upstream
 
@@ -83,6 +83,9 @@ def _run(settings: Settings, *, resume: bool) -> None:
     console.quiet = not speaks()
     state = run(settings, resume=resume, observers=observers_of(settings, console) if speaks() else ())
     folder, steps = settings.run.directory, settings.run.steps
+    if not (folder / SETTINGS).exists():
+        console.print("stopped before it began: there is nothing to go on with, start it again as you did")
+        raise typer.Exit(STOPPED)
     if state.step < steps:
         console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
         raise typer.Exit(STOPPED)

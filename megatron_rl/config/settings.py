@@ -193,7 +193,7 @@ class CheckpointSettings(Section):
         "bfloat16", description="Number format of exports; fp8 is e4m3 in blocks of 128 x 128 with scales, as DeepSeek-V3's."
     )
     grace_seconds: PositiveFloat = Field(
-        300.0, description="How long ranks that were started here may take to save when the run is told to stop."
+        300.0, description="How long a rank may take to end its step, save and end its servers when the run is told to stop."
     )
     allow_changes: tuple[str, ...] = Field(
         (),

@@ -48,7 +48,7 @@ class Journal:
         for number, path in folder.traced().items():
             if number >= step:
                 files.remove(path)
-        for path in folder.path.glob(f"traces/*{files.BESIDE}"):  # of a step that a kill interrupted
+        for path in (*folder.path.glob(f"*{files.BESIDE}"), *folder.traces.glob(f"*{files.BESIDE}")):  # what a kill interrupted
             files.remove(path)
         self._starts = [start for line in lines.read(folder.run) for start in line["starts"]]
         self._starts.append({**asdict(run), "step": step, "finished": None})

@@ -3,7 +3,6 @@
 The format is that of `weights.checkpoint_files`.
 """
 
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from megatron_rl.config.errors import CheckpointError
 from megatron_rl.policy.layout import Layout
 from megatron_rl.weights.boxes import Slice
 from megatron_rl.weights.checkpoint_files import (
-    DELETED,
     PARTIAL,
     CheckpointFiles,
     SavedBox,
     complete_checkpoints,
     put_in_place,
     rank_file,
+    remove_halves,
     retire,
     set_aside,
     step_folder,
@@ -108,9 +107,7 @@ class CheckpointWriter:
         on_main(self.layout, lambda: self._commit(saving, written), f"{saving.folder} was not saved")
 
     def _prepare(self, final: Path) -> None:
-        for suffix in (PARTIAL, DELETED):  # left behind by processes that died
-            for leftover in self.root.glob(f"step_*{suffix}"):
-                shutil.rmtree(leftover)
+        remove_halves(self.root)
         suffixed(final, PARTIAL).mkdir(parents=True)
 
     def _commit(self, saving: Saving, written: list[dict[str, Any]]) -> None:

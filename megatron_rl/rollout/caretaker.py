@@ -32,6 +32,7 @@ class Weights:
 
     version: int
     load: Load | None = None  # None: only the next update brings a server that missed one back
+    brought: bool = False  # by an update: a server that starts anew does not have them, whatever number it gives to its own
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -109,7 +110,7 @@ class Caretaker:
     async def _call_back(self) -> None:
         """After a rest: is it well, and what weights has it? One of our own that does not recover is killed."""
         worker = self._worker
-        await self._wait(self._settings.probe_seconds * 2 ** min(max(worker.rests - 1, 0), LONGEST_REST), heed_look=False)
+        await self._rest(self._settings.probe_seconds * 2 ** min(max(worker.rests - 1, 0), LONGEST_REST))
         if self._notice_death() or not isinstance(worker.health, Quarantined):
             return
         try:
@@ -142,7 +143,7 @@ class Caretaker:
         worker.restarts += 1
         worker.server = await start_again(worker.server)
         worker.strikes = worker.rests = 0
-        worker.torn = False
+        worker.torn = self._weights.brought
         await worker.client.close()
         worker.client = self._make_client(worker.url)
         self._move(Dead, Starting())
@@ -165,7 +166,7 @@ class Caretaker:
             if version == weights.version and not worker.torn:
                 self._move(type(before), Healthy())
             else:
-                has = "half-updated weights" if worker.torn else f"weights {version}"
+                has = "none of a run's weights, or half of them" if worker.torn else f"weights {version}"
                 self._move(type(before), Outdated(f"it has {has}, the others {weights.version}"))
 
     async def _version(self, info: ServerInfo) -> int | None:
@@ -198,6 +199,12 @@ class Caretaker:
         """Change its health, unless something else happened to it meanwhile."""
         if type(self._worker.health) is expected:
             self._worker.become(new)
+
+    async def _rest(self, seconds: float) -> None:
+        """So long; the end of a process of our own is noticed at once, and whoever waits for its successor waits less."""
+        while seconds > 0 and isinstance(self._worker.health, Quarantined) and not self._notice_death():
+            await self._wait(min(seconds, HURRY), heed_look=False)
+            seconds -= HURRY
 
     async def _wait(self, seconds: float | None, *, heed_look: bool = True) -> None:
         """So long, or until there is a reason to look. A rest is cut short by nothing but its leaving."""

@@ -71,6 +71,11 @@ class Fleet:
     def updating(self) -> bool:
         return self._weights.lock.locked()
 
+    @property
+    def starting(self) -> bool:
+        """Does a server of our own start? It has a time-out of its own (servers.start_seconds)."""
+        return any(isinstance(worker.health, Starting) and worker.server is not None for worker in self.workers.values())
+
     # Coming and going.
 
     async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
@@ -194,8 +199,17 @@ class Fleet:
             for worker in workers:
                 if worker.url in update.dropped:
                     self._quarantine(worker, f"an update of its weights failed: {update.dropped[worker.url]}")
-            self._weights.version, self._weights.load = version, load
+            self._weights.version, self._weights.load, self._weights.brought = version, load, True
             await asyncio.gather(*map(self._resume, workers))
+
+    async def expect(self, version: int) -> None:
+        """These weights are the present ones, though no server got them. Nobody works before an update has brought them."""
+        async with self._weights.lock:
+            self._weights.version, self._weights.load, self._weights.brought = version, None, True
+            for worker in self.workers.values():
+                worker.torn = True
+                if isinstance(worker.health, Healthy | Suspect):
+                    worker.become(Quarantined(f"weights {version} did not reach it"))
 
     async def _pause(self, worker: Worker) -> None:
         mode = self._settings.update

@@ -5,6 +5,8 @@ from pathlib import Path
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
+from megatron_rl.rollout.bank import files
+from megatron_rl.weights.checkpoint_files import remove_halves
 
 SETTINGS = "settings.yaml"
 
@@ -20,14 +22,24 @@ def require_fresh(settings: Settings) -> None:
 
 
 def begin(settings: Settings) -> None:
-    """Note the settings of a new run."""
+    """Note the settings of a run, new or resumed."""
+    tidy(settings)
     settings.run.directory.mkdir(parents=True, exist_ok=True)
-    (settings.run.directory / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
+    files.write_file(settings.run.directory / SETTINGS, dump_settings(settings).encode())  # a kill leaves no half of them
+
+
+def tidy(settings: Settings) -> None:
+    """Remove checkpoints and exports that a kill has left half-written or half-deleted."""
+    for name in ("checkpoints", "exports"):
+        remove_halves(settings.run.directory / name)
 
 
 def settings_file(folder: Path) -> Path:
     """The settings of the run in a folder."""
     path = folder / SETTINGS
     if not path.is_file():
-        raise SettingsError(f"--resume {folder}: there is no run in it ({SETTINGS} is missing). Give a run.directory.")
+        raise SettingsError(
+            f"--resume {folder}: there is no run in it ({SETTINGS} is missing). Give a run.directory; a run that ended before "
+            "its servers were up left none, and is begun again with its settings file."
+        )
     return path

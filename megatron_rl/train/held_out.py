@@ -22,7 +22,7 @@ class HeldOut:
             self._evaluator = open_evaluator(settings, policy.architecture, session.pool, session.rewards, session.tokenizer)
             return True
 
-        rollouts.attend(opened)
+        self._opened = rollouts.attend(opened) is not None
 
     def due(self, step: int) -> bool:
         return self._settings.evaluation.due(step, self._settings.run.steps)
@@ -35,7 +35,7 @@ class HeldOut:
             metrics = await self._evaluator.evaluate(step)
             return [self._record(self._evaluator, name, step, metrics) for name in self._evaluator.prompts]
 
-        return self._rollouts.attend(evaluated) or ()
+        return (self._rollouts.attend(evaluated) or ()) if self._opened else ()
 
     def _record(self, evaluator: Evaluator, name: str, step: int, metrics: Mapping[str, float]) -> EvaluationRecord:
         own = {metric.removeprefix(f"{name}/"): value for metric, value in metrics.items() if metric.startswith(f"{name}/")}

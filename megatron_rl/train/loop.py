@@ -58,9 +58,10 @@ class Trainer:
 
     def run(self) -> RunState:
         """Until all steps are done, or the run is told to stop; either way everything is saved."""
-        if not self.source.has(self.state.step):
+        first = self.state.step == 0
+        if not self.source.has(self.state.step) or (first and self.evaluations is not None):
             self._publish()
-        if self.state.step == 0:
+        if first:
             self._evaluate()
         while self.state.step < self.settings.run.steps:
             arrived = self._collect()
@@ -119,18 +120,18 @@ class Trainer:
                     observer.evaluated(record)
 
     def _save(self, *, last: bool = False) -> None:
-        """A checkpoint and an export, where they are due."""
+        """An export and a checkpoint, where they are due."""
         step, settings = self.state.step, self.settings.checkpoint
         self._writer.poll()
+        if self._exporter and step and (step % settings.export_every == 0 or step == self.settings.run.steps):
+            folder = step_folder(self.settings.run.directory / "exports", step)
+            if not self.policy.layout.from_main(folder.exists()):  # before the checkpoint: a run goes on behind that
+                with self._clock.phase("export"):
+                    self._exporter.save(folder)
         if step != self._saved and step and (last or (settings.every and step % settings.every == 0)):
             with self._clock.phase("checkpoint"):
                 asynchronous = settings.asynchronous and not last
                 save_policy(self._writer, self.policy, asynchronous=asynchronous, step=step, run=self.state.to_json())
             self._saved = step
-        if self._exporter and step and (step % settings.export_every == 0 or step == self.settings.run.steps):
-            folder = step_folder(self.settings.run.directory / "exports", step)
-            if not self.policy.layout.from_main(folder.exists()):
-                with self._clock.phase("export"):
-                    self._exporter.save(folder)
         if last:
             self._writer.finish()

@@ -1,7 +1,8 @@
 """A policy's weights on their way to servers: what ties the policy, the publisher and the servers' pool together."""
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
+from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Healthy, Outdated, Suspect
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.types import Sequence as TokenSequence
@@ -22,6 +24,8 @@ from megatron_rl.weights.publish.probe import Scores
 from megatron_rl.weights.publish.publisher import Publisher
 from megatron_rl.weights.publish.report import Report
 from megatron_rl.weights.publish.wire import fp8_quantizer
+
+logger = logging.getLogger(__name__)
 
 Elsewhere = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 
@@ -67,8 +71,9 @@ async def publish_to_pool(
 ) -> Report:
     """Bring all servers of a pool to this version; the pool pauses them, takes failures, and lets the others go on.
 
-    Every rank calls it, the main one with the pool. `on_pool` waits for a coroutine on the pool's own event loop, if that is
-    another than the one where this runs.
+    Should none take it, none works until another publish of this version, or of a later one, has reached it. Every rank calls
+    it, the main one with the pool. `on_pool` waits for a coroutine on the pool's own event loop, if that is not the one
+    where this runs.
     """
     if pool is None:
         return await publisher.publish(version, [], tell)
@@ -84,10 +89,17 @@ async def publish_to_pool(
         except BaseException as error:
             await wait(paused.__aexit__(type(error), error, error.__traceback__))
             raise
-        await wait(paused.__aexit__(None, None, None))
+        with suppress(UpdateFailed):  # the report tells of it
+            await wait(paused.__aexit__(None, None, None))
 
     present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
-    return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
+    targets = [Target(worker.url, anew=worker.torn) for worker in present]
+    report = await publisher.publish(version, targets, tell, halt)
+    if not report.serving:
+        told = "".join(f"\n  {failure}" for failure in report.failures)
+        logger.warning("no server has weights %d yet; they get them when they are back%s", version, told)
+        await wait(fleet.expect(version))
+    return report
 
 
 async def _here(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-PATIENCE = 15.0  # seconds between asking ranks to end and ending them, where they have nothing to save
+PATIENCE = 30.0  # seconds between asking ranks to end and ending them, where they have nothing to save
+TOLD = 128 + signal.SIGTERM  # exit code of a rank that was told to stop, and has saved
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -45,22 +46,35 @@ def start_local_ranks(ranks: int, arguments: Sequence[str], patience: float = PA
         for rank in range(ranks):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=own, preexec_fn=_end_with_parent))
-        return _wait(processes)
+        code = _wait(processes)
+        if code not in (0, TOLD):  # what the others had to save is lost with the one that failed
+            patience = min(patience, PATIENCE)
+        return code
     finally:
         _end(processes, patience)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Until all have ended well, or one has not. Ranks that fail alike (bad settings) all get to say so."""
-    failed = 0
-    while not failed and any(process.poll() is None for process in processes):
-        failed = next((process.returncode for process in processes if process.returncode), 0)
+    while not _failed(processes) and any(process.poll() is None for process in processes):
         time.sleep(0.1)
-    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
+    rank, code = _failed(processes) or (0, 0)
+    if code < 0:
+        print(
+            f"rank {rank} was killed ({signal.Signals(-code).name}), by somebody or by the system for want of memory. What was "
+            "done before its last checkpoint is kept; go on with --resume.",
+            file=sys.stderr,
+        )
     deadline = time.monotonic() + 2.0
-    while failed and time.monotonic() < deadline and any(process.poll() is None for process in processes):
+    while code and time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.1)
-    return failed if failed >= 0 else 128 - failed  # as a shell tells of a signal
+    return code if code >= 0 else 128 - code  # as a shell tells of a signal
+
+
+def _failed(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """A rank that has not ended well, and its code: first one that was killed, of which the others only died."""
+    codes = [(rank, code) for rank, process in enumerate(processes) if (code := process.poll())]
+    return min(codes, key=lambda failed: failed[1] >= 0, default=None)
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:

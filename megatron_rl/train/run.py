@@ -16,7 +16,7 @@ from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
-from megatron_rl.train.folder import begin, require_fresh
+from megatron_rl.train.folder import begin, require_fresh, tidy
 from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
@@ -44,7 +44,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_fresh(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
-    with Stopper() as stopper, ExitStack() as stack:
+    with Stopper(settings.checkpoint.grace_seconds) as stopper, ExitStack() as stack:
         thread = None
         if launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps:
             thread = SamplingThread(lambda: _session(settings, state))
@@ -56,10 +56,13 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         if checkpoint is not None:
             load_policy(policy, checkpoint)
         if state.step >= settings.run.steps:
+            if policy.layout.is_main:
+                tidy(settings)  # it may have been killed in its last moment
             return state
         opened = _source(settings, policy, stopper, thread)
         if opened is None:
             return state
+        stopper.learns = True
         learner = Learner(policy, goal, advantage, settings, reference)
         learner.initial_entropy = state.initial_entropy
         told = tuple(observers) if policy.layout.is_main else ()

@@ -20,7 +20,6 @@ from megatron_rl.rollout.bank.sealed import SealedStep
 from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
-from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Outdated
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session
@@ -129,13 +128,11 @@ class Rollouts:
         return found
 
     def publish(self, version: int) -> dict[str, float]:
+        """Weights that no server takes, since all are dead or ill, wait until one is back (`_attend`)."""
         self._version = version
         pool = self._thread.session.pool if self._thread is not None else None
         on_pool = self._thread.wait if self._thread is not None else None
-        try:
-            report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
-        except UpdateFailed as error:
-            raise SamplingFailed(f"{error}\nWhat is finished is in the bank; go on with --resume.") from error
+        report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
         differences = [outcome.difference for outcome in report.outcomes if outcome.difference is not None]
         return {
             "publish/seconds": report.seconds,

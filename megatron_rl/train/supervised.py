@@ -85,7 +85,7 @@ def main(settings: Settings, *, resume: bool = False, observers: Sequence[Observ
             f"run.directory={settings.run.directory} already holds {present.name}. Continue with --resume, or choose another."
         )
     lessons = open_lessons(settings, console) if launch.rank == 0 else None
-    with _opened(settings, launch) as policy, Stopper() as stopper:
+    with _opened(settings, launch) as policy, Stopper(settings.checkpoint.grace_seconds) as stopper:
         latest = policy.layout.from_main(present)
         if latest:
             load_policy(policy, latest)
@@ -100,6 +100,7 @@ def main(settings: Settings, *, resume: bool = False, observers: Sequence[Observ
                 observer.started(record, done)
 
         on_main(policy.layout, start, "the run cannot be written")
+        stopper.learns = True
         console.print(f"supervised fine-tuning, {settings.run.steps} steps of {settings.supervised.batch} sequences")
         return Course(settings, policy, lessons, told, stopper, console).run()
 

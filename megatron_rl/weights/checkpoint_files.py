@@ -77,6 +77,13 @@ def set_aside(folder: Path) -> None:
     folder.rename(suffixed(folder, ABANDONED))
 
 
+def remove_halves(root: Path) -> None:
+    """Remove what processes that died have left half-written, or half-deleted."""
+    for suffix in (PARTIAL, DELETED):
+        for leftover in root.glob(f"step_*{suffix}"):
+            shutil.rmtree(leftover)
+
+
 def put_in_place(folder: Path) -> None:
     """What is whole in the partial folder gets the final name; a folder of that name goes once the new one is there."""
     flush_folder(suffixed(folder, PARTIAL))

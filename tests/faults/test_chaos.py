@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.writer import Bank
-from megatron_rl.rollout.client import Sampling
+from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.collector import Collector, Plan
 from megatron_rl.rollout.health import Quarantined
 from megatron_rl.rollout.pool import Pool
@@ -102,7 +103,12 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
     settings = ServerSettings(
         probe_seconds=0.2, answer_seconds=3.0, silence_seconds=30.0, probes=1, piece=4, tries=100, max_in_flight=24, restarts=20
     )
-    dice = random.Random(5)
+    dice, loaded = random.Random(5), Counter[str]()
+
+    async def load(client: Client) -> None:
+        loaded[client.url] += 1
+        await client.set_version(0)
+
     async with (
         asyncio.timeout(SECONDS),
         Proxy(shared.server.port, seed=3) as proxy,
@@ -110,6 +116,7 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
     ):
         await pool.begin([server_options(shared.model, folder / "own.log")])
         (own,) = pool.fleet.workers.values()
+        await pool.fleet.update(0, load)
         pool.fleet.join(proxy.url)
         with Bank(folder / "bank") as bank:
             floor = Floor(pool, Grader(), Sampling(NEW, ignore_end=True), Limits(NEW, 200))
@@ -123,6 +130,8 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
                 await strike(how, pool, proxy, own)
                 assert len((await collecting).keys) == GROUPS
             assert bank.waiting() == bank.carried() == []
+        # Started again it says that it has version 0, and has lost what it was brought as such.
+        assert loaded[own.url] >= 2
         assert all(worker.desk.requests == 0 and not worker.attempts for worker in pool.fleet.workers.values())
         return own.restarts
 

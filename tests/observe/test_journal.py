@@ -141,6 +141,7 @@ def test_a_kill_at_any_moment_leaves_whole_steps(tmp_path: Path) -> None:
             assert [line["step"] for line in lines.read(other)][: len(steps)] == steps
         for step in steps:
             assert step % 2 == 0 or pq.read_metadata(folder.trace(step)).num_rows == 1
+        (path / "metrics.jsonl.partial").write_bytes(b"{")  # as a kill leaves it while a start cuts the lines of lost steps
         Journal(path).started(run_record(), len(steps))
         assert [line["step"] for line in lines.read(folder.experts)] == steps
         assert all(step < len(steps) for step in folder.traced())

@@ -16,16 +16,16 @@ from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.errors import Refused
 from megatron_rl.rollout.fleet import UpdateFailed
-from megatron_rl.rollout.health import Healthy, Left, Outdated, Quarantined
+from megatron_rl.rollout.health import Healthy, Left, Outdated, Quarantined, Starting
 from megatron_rl.rollout.pool import NoServer, Pool
 from megatron_rl.rollout.replies import Generation
-from megatron_rl.rollout.server import free_ports
+from megatron_rl.rollout.server import Server, free_ports
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.worker import Worker
 from tests.faults.proxy import Proxy
 from tests.reference.tiny_checkpoint import tiny_tokenizer
 from tests.rollout.talk import PROMPT, SECONDS, Watch, flush, reference_log_probs
-from tests.servers import SHAPE, VOCABULARY, TinyServer
+from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
 DEMANDS = Demands("qwen3_moe", VOCABULARY, SHAPE)
@@ -271,6 +271,23 @@ def test_nobody_waits_forever(tiny_server: TinyServer) -> None:
             await pool.generate(PROMPT, Sampling(5), group="g")
 
     with_pool(tiny_server, outage, outage_seconds=0.5)
+
+
+def test_a_server_that_starts_is_waited_for(tiny_server: TinyServer, tmp_path: Path) -> None:
+    """Loading a large model again may take longer than servers may be away."""
+
+    async def outage(pool: Pool) -> None:
+        pool.fleet.leave(tiny_server.server.url)
+        server = Server.start(server_options(tmp_path / "no-model", tmp_path / "log"))
+        worker = pool.fleet._add(server.url, server)
+        response = asyncio.create_task(pool.generate(PROMPT, Sampling(5), group="g"))
+        await asyncio.wait([response], timeout=2.5)
+        assert isinstance(worker.health, Starting) and not response.done()
+        server.kill()
+        with pytest.raises(NoServer, match=f"{server.url}: dead"):
+            await response
+
+    with_pool(tiny_server, outage, outage_seconds=0.5, restarts=0)
 
 
 @asynccontextmanager

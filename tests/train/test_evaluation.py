@@ -26,6 +26,7 @@ from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.errors import Refused
 from megatron_rl.rollout.replies import Generation
 from megatron_rl.train.evaluation import EvaluationFailed, open_alone, open_evaluator
+from megatron_rl.train.held_out import HeldOut
 from tests.reference.tiny_checkpoint import END
 from tests.servers import VOCABULARY, Address, TinyServer
 
@@ -186,6 +187,19 @@ def test_answers_that_are_equal_are_equal_votes() -> None:
     assert answers({"name": "math", "options": {"boxed": True}}, ["7"]) == [None]
     (length,) = registry.build([RewardPart(name="length", options={"high": 3})])
     assert not isinstance(length.reward, TellsAnswer)
+
+
+class ToldToStop:
+    """Rollouts of a run that is told to stop whenever it waits."""
+
+    def attend(self, work: object) -> None:
+        return
+
+
+def test_a_run_that_is_told_to_stop_before_it_can_evaluate_does_not() -> None:
+    rollouts: Any = ToldToStop()
+    nothing: Any = None
+    assert HeldOut(nothing, nothing, rollouts).run(0) == ()
 
 
 def test_when_it_is_time() -> None:

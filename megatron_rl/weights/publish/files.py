@@ -29,7 +29,7 @@ def choose_folder(folder: Path | None, needed: int, everybody_here: bool) -> Pat
             "Name it with publish.folder, or use publish.transport=broadcast."
         )
     else:
-        candidates = [MEMORY, Path(tempfile.gettempdir())]
+        candidates = list(own_folders())
     for candidate in candidates:
         if _free(candidate) >= needed * SPARE:
             return candidate
@@ -40,16 +40,26 @@ def choose_folder(folder: Path | None, needed: int, everybody_here: bool) -> Pat
     )
 
 
+def own_folders() -> tuple[Path, ...]:
+    """Where files go if nobody says otherwise, the best place first."""
+    return MEMORY, Path(tempfile.gettempdir())
+
+
 def make_folder(parent: Path, version: int) -> Path:
-    """A new folder for one publish. What earlier processes of this machine died over is removed."""
-    host = socket.gethostname()
-    for left in parent.glob(f"{PREFIX}.{host}.*"):
-        if not _alive(left.name.rsplit(".", 2)[1]):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{PREFIX}.{host}.{os.getpid()}.{version}"
+    """A new folder for one publish."""
+    remove_leftovers(parent)
+    folder = parent / f"{PREFIX}.{socket.gethostname()}.{os.getpid()}.{version}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder
+
+
+def remove_leftovers(*parents: Path) -> None:
+    """Remove what earlier processes of this machine died over: weights that may fill its memory."""
+    for parent in parents:
+        for left in parent.glob(f"{PREFIX}.{socket.gethostname()}.*"):
+            if not _alive(left.name.rsplit(".", 2)[1]):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_bucket(folder: Path, rank: int, number: int, parcel: Parcel) -> None:

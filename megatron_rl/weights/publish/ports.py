@@ -128,6 +128,7 @@ class Target:
 
     url: str
     colocated: tuple[int, ...] = ()
+    anew: bool = False  # it needs everything, whatever version it says it has
 
 
 class Alone:

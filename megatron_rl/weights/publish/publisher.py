@@ -25,7 +25,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.publish_settings import PublishSettings
 from megatron_rl.weights.publish.crew import Crew, Tell
 from megatron_rl.weights.publish.errors import WrongWeights
-from megatron_rl.weights.publish.files import choose_folder, is_here, make_folder
+from megatron_rl.weights.publish.files import choose_folder, is_here, make_folder, own_folders, remove_leftovers
 from megatron_rl.weights.publish.gate import Gate, HeldGate, OwnGate
 from megatron_rl.weights.publish.plan import Plan, families, plan_files, plan_stream, senders, units
 from megatron_rl.weights.publish.ports import Alone, Connect, Halt, PauseMode, Ranks, Server, Target, Weights
@@ -102,6 +102,8 @@ class Publisher:
         vocabulary = weights.weight_map.architecture.vocab
         tokens = settings.probe_tokens or min(PROBE_TOKENS, longest)
         self._sequences = probe_sequences(vocabulary, settings.probe_sequences, tokens)
+        if self.ranks.rank == 0:  # now, since a run that has little left to do may publish no more
+            remove_leftovers(*([settings.folder] if settings.folder is not None else own_folders()))
 
     async def publish(
         self, version: int, targets: Sequence[Target], tell: Tell | None = None, halt: Halt | None = None
@@ -185,7 +187,7 @@ class Publisher:
 
     def _has(self, look: Look, version: int) -> bool:
         """Did it get this version from us, and has it not been started anew since?"""
-        return self.given.get(look.target.url) == version == look.version
+        return not look.target.anew and self.given.get(look.target.url) == version == look.version
 
     def _owners(self, way: Way, due: Sequence[Look]) -> list[int]:
         if way == "disk":
