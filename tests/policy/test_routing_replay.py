@@ -31,12 +31,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def shake(policy: Policy, size: float = 0.3) -> None:
-    """Router weights move so far that many tokens would go elsewhere."""
-    generator = torch.Generator().manual_seed(5)
+    """Router weights move so far that many tokens would go elsewhere. The same whatever the layout."""
     with torch.no_grad():
         for router in policy.routers.routers():
             weight: Any = router.weight
-            weight += size * weight.std() * torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(int(router.layer_number)))
+            weight += size * weight.std() * noise
+    policy.optimizer.start_from_weights()
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -59,8 +59,11 @@ def test_own_routing_changes_nothing_until_weights_do(tmp_path: Path) -> None:
     tokens = sum(sample.length for sample in rows.samples(range(rows.rows)))
     assert tokens * 4 * 2 <= held.metrics["replay/bytes"] < 1.5 * tokens * 4 * 2
 
-    batch = {"max_tokens": 64, "epochs": 2}
-    (free, weights), (held, other) = (learned(settings_of(tmp_path, r, batch=batch), rows) for r in ("off", "policy"))
+    more: dict[str, Any] = {
+        "batch": {"max_tokens": 64, "epochs": 2},
+        "objective": {"options": {"clip_low": 0.5, "clip_high": 1}},
+    }
+    (free, weights), (held, other) = (learned(settings_of(tmp_path, replay, **more), rows) for replay in ("off", "policy"))
     first, second = (update.metrics for update in held.updates)
     assert first["replay/differs"] == 0 and 0 < second["replay/choices_differ"] < second["replay/differs"] < 0.5
     assert held.metrics["replay/differs"] == second["replay/differs"] / 2
@@ -88,7 +91,7 @@ def test_the_servers_routing_is_in_old_and_new(old: str, tmp_path: Path) -> None
             plain = [values.log_probs for values in policy.log_probs(minibatch.packs)]
             assert all(torch.equal(a, b) for a, b in zip(plain, minibatch.columns["reference"], strict=True))
             if old == "recompute":
-                assert not any(torch.equal(a, b) for a, b in zip(plain, minibatch.columns["old"], strict=True))
+                assert not all(torch.equal(a, b) for a, b in zip(plain, minibatch.columns["old"], strict=True))
         report = learner.learn(0, rows)
     assert report.metrics["replay/missing"] == 0.5
     first = report.updates[0].metrics
@@ -117,7 +120,7 @@ def test_a_bank_without_routing_is_refused_before_the_work(tmp_path: Path) -> No
 
 def test_nothing_to_repeat_is_refused() -> None:
     agro = ObjectiveSettings(surrogate="agro", advantage=None, reference="initial", routing_replay="policy")
-    with pytest.raises(SettingsError, match="objective.surrogate = agro: nothing in it reads `old`"):
+    with pytest.raises(SettingsError, match=r"objective\.surrogate = agro: nothing in it reads `old`"):
         objective.build(agro)
     objective.build(agro.model_copy(update={"routing_replay": "rollout"}))
 
@@ -156,8 +159,6 @@ def test_a_run_repeats_what_its_server_did(tiny_server: TinyServer, tmp_path: Pa
             if dtype == "float32":
                 shake(policy)
                 found["shaken"] = [mismatch(policy, samples, packs, replay=replay) for replay in (False, True)]
-    print(found)
     assert found["float32"][1][0] < CLOSE
-    for name in ("shaken", "bfloat16"):
-        (_, without), (_, held) = found[name]
-        assert held < without, name
+    assert 2 * found["bfloat16"][1][1] < found["bfloat16"][0][1]
+    assert found["shaken"][1][1] < found["shaken"][0][1]
