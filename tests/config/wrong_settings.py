@@ -271,7 +271,7 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
     ),
     "replay of what is not returned": (
         "moe", 1, "objective.routing_replay=rollout sampling.routing=false",
-        "objective.routing_replay = rollout with sampling.routing = false", "Remove sampling.routing",
+        "objective.routing_replay = rollout with sampling.routing = false", "Set sampling.routing=true",
     ),
     "replay of no pass": (
         "moe", 1, "objective.routing_replay=policy objective.on_policy=true",

@@ -14,12 +14,12 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.gspo import SequencePolicyLoss
 from megatron_rl.policy.batch import local_indices
 from megatron_rl.policy.layout import Launch
-from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.routing_replay import Differences, Routes
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
 from tests.parallel.cluster import Cluster
-from tests.parallel.jobs import Arrays, gather, gradients, toy_sequences
+from tests.parallel.jobs import Arrays, gradients, toy_sequences
 from tests.parallel.test_layouts import TOLERANCE, worst
 from tests.policy.test_routing_replay import shake, with_routing
 from tests.reference.tiny import write_tiny_config
@@ -69,7 +69,8 @@ def replay(launch: Launch, settings: dict[str, Any], sequences: list[TokenSequen
     shake(policy)
     with policy.replaying(first.routes):
         log_probs = policy.per_sequence(packs, [values.log_probs for values in policy.log_probs(packs)])
-    reports, of_first = [], {}
+    reports: list[UpdateReport] = []
+    of_first: Arrays = {}
     for number in range(2):
         with policy.replaying(first.routes) as update:
             reports.append(policy.update(packs, SequencePolicyLoss(clip_low=0.9, clip_high=9.0), old))
