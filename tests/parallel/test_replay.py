@@ -30,7 +30,6 @@ type Place = tuple[str, int, int, int]  # whose routing, sequence, position, lay
 
 SEQUENCES = toy_sequences(0, 11, 120, 40)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "data 2": (2, {}),
     "pipeline 2, uneven, recomputed": (
         2,
         {"layout": {"pipeline": 2, "pipeline_layers": [1, 3]}, "recompute": {"mode": "full"}},
