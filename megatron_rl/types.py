@@ -86,7 +86,8 @@ class Sequence:
     Arrays are aligned with tokens: entry t belongs to token t. `loss_mask[t]` says that token t was produced by the policy
     and counts; `columns` holds further per-token numbers by name (the rollout's log-probs, say), `scalars` per-sequence
     numbers (an advantage). `index` is unique within the optimizer step and identifies the sequence on every rank; sequences
-    that answer the same prompt share a `group`, which only objectives that compare them need.
+    that answer the same prompt share a `group`, which only objectives that compare them need. `routing` is what the servers
+    chose, where it shall be replayed; of the last token, which they were never fed, there is none.
     """
 
     index: int
@@ -95,6 +96,7 @@ class Sequence:
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # each [length]
     scalars: Mapping[str, float] = field(default_factory=dict)
     group: int | None = None
+    routing: NDArray[np.uint8] | NDArray[np.uint16] | None = None  # [length - 1, layers, top-k]
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 1:
@@ -102,6 +104,11 @@ class Sequence:
         for name, array in {"loss_mask": self.loss_mask, **self.columns}.items():
             if len(array) != len(self.tokens):
                 raise ValueError(f"sequence {self.index}: {name} has {len(array)} entries for {len(self.tokens)} tokens")
+        if self.routing is not None and len(self.routing) != len(self.tokens) - 1:
+            raise ValueError(
+                f"sequence {self.index}: routing of {len(self.routing)} positions for {len(self.tokens)} tokens; it has all "
+                "but the last"
+            )
         if self.loss_mask[0]:
             raise ValueError(f"sequence {self.index}: the first token cannot be in the loss mask, nothing stands before it")
 

@@ -28,10 +28,10 @@ class SamplingSettings(Section):
     min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
     stop: tuple[str, ...] = Field((), description="Texts that end a response; they stay in it.")
     stop_token_ids: tuple[NonNegativeInt, ...] = Field((), description="Tokens that end a response, besides the model's own.")
-    routing: bool = Field(
-        False,
+    routing: bool | None = Field(
+        None,
         description="Keep in the bank which experts the servers chose for each token. Own servers then return them; others "
-        "must be started with --enable-return-routed-experts.",
+        "must be started with --enable-return-routed-experts. Default: where objective.routing_replay = rollout needs it.",
     )
     dynamic: bool = Field(False, description="Throw away groups whose rewards are all equal, and draw others (DAPO).")
     tries: PositiveInt = Field(4, description="dynamic: at most tries x groups are drawn a step; then equal rewards are taken.")

@@ -153,6 +153,12 @@ class ObjectiveSettings(Section):
         description="The denominator of ratios: by the trainer in its own precision, or the rollout engine's as reported. "
         "The mismatch of the two is wider than GSPO's clip band, with FP8 rollouts by far.",
     )
+    routing_replay: Literal["off", "policy", "rollout"] = Field(
+        "off",
+        description="Whose choice of experts an update repeats, so that old and new log-probabilities come from the same "
+        "experts. off: each pass chooses anew. policy: the trainer's own choice, written down when `old` is computed (R2). "
+        "rollout: the servers' choice, for `old` too (R3); they return it, and the bank keeps it.",
+    )
     reference: Literal["none", "initial"] = Field(
         "none", description="The frozen model that KL penalties and some surrogates compare with: none, or the first weights."
     )
@@ -250,6 +256,12 @@ class Settings(Section):
     def optimizer_steps(self) -> int:
         """Of the whole run."""
         return self.run.steps * self.batch.minibatches * self.batch.epochs
+
+    @property
+    def keeps_routing(self) -> bool:
+        """Do servers return which experts they chose?"""
+        asked = self.sampling.routing
+        return self.objective.routing_replay == "rollout" if asked is None else asked
 
     @property
     def bank_directory(self) -> Path:

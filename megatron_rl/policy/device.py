@@ -47,6 +47,11 @@ class Device:
         else:
             torch.set_rng_state(state)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in host memory that a GPU reads without making the program wait."""
+        host = tensor.detach().cpu()
+        return host.pin_memory() if self.cuda else host
+
     def peak_memory(self) -> int:
         """Bytes: of the GPU since the last time it was asked for, or of the process since it began."""
         if not self.cuda:

@@ -143,6 +143,13 @@ class Layout:
     def sees_loss(self) -> bool:
         return self.is_last_stage(self.chunks - 1)
 
+    def sequence_part(self, values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """Of values by position, those of the positions that this rank's routers and norms see: under sequence parallelism a
+        tensor rank's part, else all."""
+        if not self.settings.sequence_parallel_on:
+            return values
+        return values.chunk(self.settings.tensor, dim=dim)[self.groups.tp.rank()]
+
     # -- collectives of the policy -------------------------------------------------------------------------------------
 
     def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:

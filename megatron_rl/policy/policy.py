@@ -7,7 +7,7 @@ the packs of its own model replica.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from megatron_rl.policy.optimizer import Optimizer
 from megatron_rl.policy.pretrained import load_pretrained
 from megatron_rl.policy.reduction import reduce_results
 from megatron_rl.policy.routers import RouterState
+from megatron_rl.policy.routing_replay import Routes, RoutingReplay, replaying, rollout_routes
 from megatron_rl.policy.routing_watch import RoutingWatch, watched
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
@@ -76,6 +77,7 @@ class Policy:
         self.steps = 0
         self.skipped = 0
         self._watch: RoutingWatch | None = None
+        self._replay: RoutingReplay | None = None
         self.model.config.finalize_model_grads_func = partial(_finalize_without_scaling, groups=layout.groups)
         for chunk in self.model.chunks:
             chunk.train()
@@ -211,6 +213,23 @@ class Policy:
             finally:
                 self._watch = None
 
+    @contextmanager
+    def replaying(self, routes: Sequence[Routes] | None = None, *, record: bool = False) -> Iterator[RoutingReplay]:
+        """Inside, passes over the same packs choose these experts, an entry a pack; `record` keeps what the last one chose.
+
+        Without `routes` they choose by themselves. Recomputed layers choose as the forward pass did.
+        """
+        with replaying(self.routers.routers(), self.layout.device, routes, record=record) as self._replay:
+            try:
+                yield self._replay
+            finally:
+                self._replay = None
+
+    def rollout_routes(self, packs: Sequence[Pack]) -> list[Routes]:
+        """This rank's part of the routing that the packs' sequences bring from the servers, an entry a pack."""
+        layers = [int(router.layer_number) - 1 for router in self.routers.routers()]
+        return [rollout_routes(pack, self.layout, self.architecture, layers) for pack in packs]
+
     def close(self) -> None:
         """Leave the other ranks; call it on all of them."""
         self.layout.close()
@@ -243,19 +262,23 @@ class Policy:
 
         def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
             index, (batch, want) = next(iterator)
+            real = self.layout.sequence_part(batch.real[0])  # [positions that routers see]
             if self._watch is not None:
-                self._watch.see(self._seen_by_routers(batch.real)[0])
-            output = chunk(
-                batch.tokens,
-                batch.positions,
-                None,
-                packed_seq_params=batch.packed,
-                padding_mask=self._padding_mask(batch, chunk),
-                output_processor=head,
-                output_processor_context=want,
-            )
+                self._watch.see(real)
+            with self._replay.forward(index, real) if self._replay else nullcontext():
+                output = chunk(
+                    batch.tokens,
+                    batch.positions,
+                    None,
+                    packed_seq_params=batch.packed,
+                    padding_mask=self._padding_mask(batch, chunk),
+                    output_processor=head,
+                    output_processor_context=want,
+                )
             return output, (partial(loss, index, batch) if loss else lambda values, non_loss_data: values)
 
+        if self._replay is not None:
+            self._replay.begin(len(batches))
         schedule = get_forward_backward_func()
         results: list[Any] = schedule(
             forward_step_func=forward_step,
@@ -274,15 +297,7 @@ class Policy:
         if not self.routers.measure_load(self.settings.moe):
             return None
         mask = ~batch.real
-        if not self.settings.layout.sequence_parallel_on or chunk.module.pre_process:
-            return mask
-        return self._seen_by_routers(mask)
-
-    def _seen_by_routers(self, values: Tensor) -> Tensor:
-        """[1, local] as routers see it: with sequence parallelism a tensor rank's part."""
-        if not self.settings.layout.sequence_parallel_on:
-            return values
-        return values.chunk(self.settings.layout.tensor, dim=1)[self.layout.groups.tp.rank()]
+        return mask if chunk.module.pre_process else self.layout.sequence_part(mask, dim=1)
 
     def _loss(
         self,

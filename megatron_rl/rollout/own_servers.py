@@ -75,7 +75,7 @@ def _random_weights(settings: Settings) -> dict[str, Any]:
 
 
 def _routing(settings: Settings) -> dict[str, Any]:
-    return {"enable_return_routed_experts": True} if settings.sampling.routing else {}
+    return {"enable_return_routed_experts": True} if settings.keeps_routing else {}
 
 
 def _gpus_each(arguments: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from megatron_rl.types import Sequence as TokenSequence
 
 ROLLOUT = "rollout"  # the column of the engine's log-probs
 TURN = "turn"  # the column of turn numbers
+ROUTING_KIND = "routing_dtype"  # the bank's column that is empty where there is no routing, and small
 
 
 class Rows(Protocol):
@@ -78,8 +79,13 @@ class Experience:
         chosen = set(sorted(set(self.groups[rows].tolist()))[:count])
         return {int(row): self.names[self.groups[row]] for row in rows if int(self.groups[row]) in chosen}
 
+    def without_routing(self) -> float:
+        """Share of rows that the bank has no routing of."""
+        column = self.rows.columns([ROUTING_KIND]).column(ROUTING_KIND)
+        return column.null_count / max(len(column), 1)
+
     def sequences(self, rows: Sequence[int], *, routing: bool = False) -> list[TokenSequence]:
-        """Read rows of the bank: tokens, and what the engine said of them. Advantages come later."""
+        """Read rows of the bank: tokens, what the engine said of them, and if asked for the experts it chose."""
         return [self._sequence(row, sample) for row, sample in zip(rows, self.rows.samples(rows, routing=routing), strict=True)]
 
     def _sequence(self, row: int, sample: Sample) -> TokenSequence:
@@ -90,6 +96,7 @@ class Experience:
             columns={ROLLOUT: sample.log_probs, TURN: _turns(sample)},
             scalars={"reward": float(self.rewards[row])},
             group=int(self.groups[row]),
+            routing=sample.routing,
         )
 
     def metrics(self, step: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ Every rank runs it. Order matters in one place: penalties in the reward may need
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.settings import Settings
 from megatron_rl.objectives.advantages import Advantage
 from megatron_rl.objectives.base import Objective
@@ -22,6 +23,7 @@ from megatron_rl.objectives.gtpo import CONFLICT
 from megatron_rl.policy.group_pass import gather_statistics, prepare_groups
 from megatron_rl.policy.policy import Policy, UpdateReport
 from megatron_rl.policy.reference import Reference
+from megatron_rl.policy.routing_replay import Differences, Routes, RoutingReplay
 from megatron_rl.policy.routing_watch import RoutingWatch
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.experience import ROLLOUT, Experience, Rows, advantages_of
@@ -41,6 +43,8 @@ class Minibatch:
     packs: list[Pack]
     columns: Columns
     routing: RoutingWatch | None = None  # of the pass that scored `old`
+    routes: list[Routes] | None = None  # that updates replay, on this rank; None: routers choose anew
+    rollout: Differences | None = None  # of the trainer's routers and the servers', in the pass that scored `old`
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Learner:
         self.reference = reference
         self.initial_entropy: float | None = None  # of the first model, once known; part of a run's state
         self._parts = objective if isinstance(objective, ComposedObjective) else None
+        self._replay = settings.objective.routing_replay
 
     def learn(self, step: int, rows: Rows, clock: Clock | None = None, *, traces: int | None = None) -> LearnReport:
         """All minibatches of all epochs. A function of the weights, the rows and the step's number alone.
@@ -77,11 +82,16 @@ class Learner:
         """
         clock = clock or Clock()
         experience = Experience.read(rows)
+        if self._replay == "rollout" and experience.without_routing() == 1:
+            raise UserError(
+                f"objective.routing_replay = rollout: the bank has no routing of step {step}, whose servers did not return it. "
+                "Set objective.routing_replay=policy, or sample the step anew."
+            )
         seed = (self.settings.run.seed, step)
         with clock.phase("old"):
             parts = experience.minibatches(self.settings.batch.minibatches, seed)
             minibatches = [self._scored(experience, part, watch=traces is not None) for part in parts]
-        metrics = experience.metrics(step)
+        metrics = experience.metrics(step) | self._replay_metrics(experience, minibatches)
         if self._parts is not None and INITIAL_ENTROPY in self._parts.needs_scalars:
             minibatches = self._with_initial_entropy(minibatches)
         if self.advantage is not None:
@@ -111,19 +121,46 @@ class Learner:
     def _scored(self, experience: Experience, rows: NDArray[np.int64], *, watch: bool) -> Minibatch:
         """Packs of a minibatch, and the log-probs that its objective reads, with the weights as they are."""
         lengths = experience.lengths[rows].tolist()
-        packs = self.policy.pack_lengths(lengths, lambda positions: experience.sequences([int(rows[p]) for p in positions]))
+        of_rollout = self._replay == "rollout"
+
+        def read(positions: Sequence[int]) -> list[TokenSequence]:
+            return experience.sequences([int(rows[position]) for position in positions], routing=of_rollout)
+
+        packs = self.policy.pack_lengths(lengths, read)
+        routes = self.policy.rollout_routes(packs) if of_rollout else None
+        packs = _mapped(Minibatch(packs, {}), _without_routing).packs  # of all layers and ranks: too much to keep
         wanted = self._parts.needs_columns if self._parts is not None else frozenset({"old"})
         columns: Columns = {}
-        routing = None
+        routing = rollout = None
         if "old" in wanted and self.settings.objective.old_log_probs == "recompute":
-            with self.policy.watching() if watch else nullcontext() as routing:
+            with self.policy.watching() if watch else nullcontext() as routing, self._replaying(routes, record=True) as replay:
                 columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
+            if replay is not None:
+                rollout = replay.differences(self.policy.layout) if of_rollout else None
+                routes = replay.routes  # the servers' and, where there was none, the trainer's own
         if "old" in wanted and self.settings.objective.old_log_probs == "rollout":
             packs = _mapped(Minibatch(packs, {}), _rollout_as_old).packs
         if self.reference is not None:
             with self.reference.in_place():
                 columns["reference"] = [values.log_probs for values in self.policy.log_probs(packs)]
-        return Minibatch(packs, columns, routing)
+        return Minibatch(packs, columns, routing, routes, rollout)
+
+    def _replaying(
+        self, routes: Sequence[Routes] | None, *, record: bool = False
+    ) -> AbstractContextManager[RoutingReplay | None]:
+        """Around a pass of the policy, whose routers then repeat these choices; the reference always makes its own."""
+        return nullcontext() if self._replay == "off" else self.policy.replaying(routes, record=record)
+
+    def _replay_metrics(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        """What the fullest rank holds for replay and, of the servers' routing, what is missing and what differs."""
+        if self._replay == "off":
+            return {}
+        held = sum(routes.bytes for minibatch in minibatches for routes in minibatch.routes or ())
+        found = {"replay/bytes": float(max(self.policy.layout.everyone_has(held)))}
+        if self._replay == "rollout":
+            found["replay/missing"] = experience.without_routing()
+        differences = [minibatch.rollout for minibatch in minibatches if minibatch.rollout is not None]
+        return found | (sum(differences[1:], differences[0]).shares("replay/rollout_") if differences else {})
 
     def _with_initial_entropy(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
         """GTPO asks how sure the first model was of itself: the mean entropy of its tokens, taken before the first update."""
@@ -140,7 +177,8 @@ class Learner:
         """Over all tokens of the step that count."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.policy.layout.device.torch_device)
         for minibatch in minibatches:
-            values = self.policy.log_probs(minibatch.packs, entropy=True)
+            with self._replaying(minibatch.routes):
+                values = self.policy.log_probs(minibatch.packs, entropy=True)
             known = self.policy.per_sequence(minibatch.packs, [each.entropy for each in values if each.entropy is not None])
             for sequence in (sequence for pack in minibatch.packs for sequence in pack.sequences):
                 totals[0] += float(known[sequence.index][sequence.loss_mask].sum(dtype=np.float64))
@@ -157,7 +195,8 @@ class Learner:
         statistics: dict[str, NDArray[np.float64]] = {}
         if any(penalty.needs_columns for penalty in penalties):
             for minibatch in minibatches:
-                gathered = gather_statistics(self.policy, minibatch.packs, self._parts, minibatch.columns)
+                with self._replaying(minibatch.routes):
+                    gathered = gather_statistics(self.policy, minibatch.packs, self._parts, minibatch.columns)
                 for name, values in gathered.items():
                     whole = statistics.setdefault(name, np.zeros(len(experience.rewards)))
                     for index, value in values.items():
@@ -171,7 +210,11 @@ class Learner:
     # -- updates -------------------------------------------------------------------------------------------------------
 
     def _update(self, minibatch: Minibatch) -> UpdateReport:
-        return self.policy.update(self._prepared(minibatch), self.objective, minibatch.columns)
+        with self._replaying(minibatch.routes) as replay:
+            report = self.policy.update(self._prepared(minibatch), self.objective, minibatch.columns)
+            if replay is None:
+                return report
+            return replace(report, metrics={**report.metrics, **replay.differences(self.policy.layout).shares("replay/")})
 
     def _prepared(self, minibatch: Minibatch) -> list[Pack]:
         """The packs as the objective reads them, with the present weights."""
@@ -180,14 +223,20 @@ class Learner:
         return prepare_groups(self.policy, minibatch.packs, self._parts, minibatch.columns)
 
     def _look(self, minibatch: Minibatch, traced: Mapping[int, str]) -> Look:
-        packs = self._prepared(minibatch)
-        return look(self.policy, self.objective, packs, minibatch.columns, minibatch.routing, traced)
+        with self._replaying(minibatch.routes) as replay:
+            packs = self._prepared(minibatch)
+            before = minibatch.routing if replay is None else None  # what is replayed does not change
+            return look(self.policy, self.objective, packs, minibatch.columns, before, traced)
 
 
 def _mapped(minibatch: Minibatch, change: Callable[[TokenSequence], TokenSequence]) -> Minibatch:
     """The same packs with changed sequences; what was scored on them still fits."""
     packs = [replace(pack, sequences=tuple(map(change, pack.sequences))) for pack in minibatch.packs]
     return replace(minibatch, packs=packs)
+
+
+def _without_routing(sequence: TokenSequence) -> TokenSequence:
+    return replace(sequence, routing=None)
 
 
 def _rollout_as_old(sequence: TokenSequence) -> TokenSequence:

@@ -35,6 +35,7 @@ def build(settings: ObjectiveSettings) -> tuple[Objective, Advantage | None]:
     except ValueError as error:
         raise SettingsError(f"objective: {error}") from error
     _refuse_correction_of_nothing(settings, objective)
+    _refuse_replay_of_nothing(settings, objective)
     return objective, advantage
 
 
@@ -82,3 +83,13 @@ def _refuse_correction_of_nothing(settings: ObjectiveSettings, objective: Object
                 "rollout's, and objective.old_log_probs = rollout takes the one for the other. Set it to recompute, or leave "
                 "the weight out."
             )
+
+
+def _refuse_replay_of_nothing(settings: ObjectiveSettings, objective: Objective) -> None:
+    """The trainer's own routing is written down when `old` is computed."""
+    reads = objective.needs_columns if isinstance(objective, ComposedObjective) else frozenset({"old"})
+    if settings.routing_replay == "policy" and "old" not in reads:
+        raise SettingsError(
+            f"objective.routing_replay = policy with objective.surrogate = {settings.surrogate}: none of its parts reads `old`, "
+            "so there is no pass whose routing updates could repeat. Set objective.routing_replay to off or rollout."
+        )

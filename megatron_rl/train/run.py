@@ -22,7 +22,7 @@ from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
 from megatron_rl.train.run_state import RunState, newest
 from megatron_rl.train.sampling import SamplingThread
-from megatron_rl.train.steps import Replay, Rollouts, Source
+from megatron_rl.train.steps import Replay, Rollouts, Source, require_routing
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import run_record
 from megatron_rl.weights.checkpoint_files import CheckpointFiles
@@ -42,6 +42,8 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
     goal, advantage = objective.build(settings.objective)
     if not resume and launch.rank == 0:
         require_fresh(settings)
+    if launch.rank == 0:
+        require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
     with Stopper() as stopper, ExitStack() as stack:

@@ -24,6 +24,7 @@ from megatron_rl.rollout.fleet import UpdateFailed
 from megatron_rl.rollout.health import Outdated
 from megatron_rl.rollout.own_servers import own_servers, read_api_key
 from megatron_rl.rollout.session import Session
+from megatron_rl.train.experience import Experience
 from megatron_rl.train.publishing import open_publisher, publish_to_pool
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.stopping import Stopper
@@ -93,6 +94,19 @@ class Replay:
 
     def go_on(self, version: int) -> None:
         return
+
+
+def require_routing(settings: Settings) -> None:
+    """Raise a SettingsError where updates shall repeat the servers' routing, and the replayed bank does not have it."""
+    if settings.objective.routing_replay != "rollout" or settings.bank.replay is None:
+        return
+    for step, path in Folder(settings.bank.replay).sealed().items():
+        with SealedStep(path) as rows:
+            if step < settings.run.steps and Experience.read(rows).without_routing() == 1:
+                raise SettingsError(
+                    f"objective.routing_replay = rollout with bank.replay = {settings.bank.replay}: the bank has no routing of "
+                    f"step {step}. Fill one with sampling.routing=true, or set objective.routing_replay=policy."
+                )
 
 
 class Rollouts:

@@ -15,6 +15,35 @@ def on_policy_is_one_update(case: Case) -> Iterator[str]:
         )
 
 
+def replayed_routing_is_there(case: Case) -> Iterator[str]:
+    objective, sampling = case.settings.objective, case.settings.sampling
+    name = f"objective.routing_replay = {objective.routing_replay}"
+    if objective.routing_replay != "off" and not case.architecture.is_moe:
+        yield problem(
+            name, f"a {case.architecture.family} model without experts routes nothing", "Set objective.routing_replay=off"
+        )
+    if objective.routing_replay == "rollout" and sampling.routing is False and case.settings.bank.replay is None:
+        yield problem(
+            f"{name} with sampling.routing = false",
+            "servers would not return what is to be replayed",
+            "Remove sampling.routing, or set objective.routing_replay=policy",
+        )
+    if objective.routing_replay != "policy":
+        return
+    if objective.on_policy:
+        yield problem(
+            f"{name} with objective.on_policy = true",
+            "the one update of a step has no pass before it whose routing it could repeat",
+            "Set objective.routing_replay to off or rollout, or objective.on_policy=false",
+        )
+    elif objective.old_log_probs == "rollout":
+        yield problem(
+            f"{name} with objective.old_log_probs = rollout",
+            "the trainer does not compute `old`, so it has no routing of it",
+            "Set objective.routing_replay=rollout, or objective.old_log_probs=recompute",
+        )
+
+
 def replayed_bank_is_there(case: Case) -> Iterator[str]:
     replay = case.settings.bank.replay
     if replay is not None and not (replay / "bank.json").is_file():
@@ -33,5 +62,5 @@ def kept_steps_reach_back_to_the_checkpoint(case: Case) -> Iterator[str]:
         )
 
 
-RULES: tuple[Rule, ...] = (on_policy_is_one_update, replayed_bank_is_there)
+RULES: tuple[Rule, ...] = (on_policy_is_one_update, replayed_routing_is_there, replayed_bank_is_there)
 WARNINGS: tuple[Rule, ...] = (kept_steps_reach_back_to_the_checkpoint,)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from megatron_rl.config.rules.case import Case, Rule, problem
 
 EPISODES = ("episodes", "turn_groups")
+ROLLOUT_REPLAY, OTHER_REPLAY = "objective.routing_replay = rollout", "objective.routing_replay=policy"
 
 
 def episodes_have_an_environment(case: Case) -> Iterator[str]:
@@ -30,11 +31,13 @@ def routing_needs_experts(case: Case) -> Iterator[str]:
             f"a {case.architecture.family} model without experts routes nothing",
             "Set sampling.routing=false",
         )
-    if case.settings.sampling.routing and case.settings.servers.router is not None:
+    if case.settings.keeps_routing and case.settings.servers.router is not None and case.settings.bank.replay is None:
+        asked = case.settings.sampling.routing
+        name, fix = ("sampling.routing = true", "sampling.routing=false") if asked else (ROLLOUT_REPLAY, OTHER_REPLAY)
         yield problem(
-            f"sampling.routing = true with servers.router = {case.settings.servers.router}",
+            f"{name} with servers.router = {case.settings.servers.router}",
             "a router drops what servers return of it",
-            "Remove servers.router, or set sampling.routing=false",
+            f"Remove servers.router, or set {fix}",
         )
 
 
