@@ -15,6 +15,7 @@ Results go to docs/objectives/study.json, a line a run, and from there into docs
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -107,7 +108,7 @@ def study(laboratory: Laboratory, todo: Sequence[str], results: Results) -> list
         for run in todo:
             task = progress.add_task(run, total=STEPS)
             try:
-                steps = laboratory.run("objective", [*COMMON, *partners(run)], lambda task=task: progress.advance(task))
+                steps = laboratory.run("objective", [*COMMON, *partners(run)], partial(progress.advance, task))
             except Stopped:
                 raise
             except Exception as error:

@@ -34,7 +34,6 @@ QUICKSTART, COLD_START = ROOT / "configs/quickstart.yaml", ROOT / "configs/quick
 FOLDER = ROOT / "runs/study"  # where studies work, unless told otherwise
 ONE_RANK = ("layout.world_size=1", "layout.expert=1", "device.kind=cpu", "device.threads=1")
 NO_EXTRAS = ("evaluation.every=0", "checkpoint.every=0", "checkpoint.export_every=0", "observe.look_every=0")
-DIGITS = 6  # significant ones, of numbers in a results file
 
 
 class Stopped(Exception):
@@ -143,9 +142,9 @@ class Results:
         partial.replace(self.path)
 
 
-def rounded(values: Sequence[float]) -> list[float]:
-    """To as many digits as anybody reads."""
-    return [float(f"{value:.{DIGITS}g}") for value in values]
+def rounded(values: Sequence[float], digits: int = 6) -> list[float]:
+    """To as many significant digits as anybody reads."""
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def series(steps: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, list[float]]:
