@@ -59,6 +59,9 @@ EXPERTS = (
     Chart("Fullest expert", meaning("moe/max_over_mean").text, ("moe/max_over_mean",)),
     Chart("Changed and dropped", "Choices of experts that an update changed, and tokens that found no room, as shares.",
           ("moe/routing_changed", "moe/dropped", "moe/")),
+    Chart("Routing replay", "Where routers would choose other experts than they repeat, and where trainer and server differ.",
+          ("replay/differs", "replay/choices_differ", "replay/rollout_differs", "replay/rollout_choices_differ", "replay/missing")),
+    Chart("Held for replay", meaning("replay/bytes").text, ("replay/bytes",)),
 )  # fmt: skip
 PANELS = {"learning": LEARNING, "mismatch": MISMATCH, "speed": SPEED, "experts": EXPERTS}
 

@@ -69,6 +69,22 @@ KNOWN: dict[str, Meaning] = {
     "sampling/cut_off": Meaning("carried over", "Responses that go on in the next step."),
     "moe/max_over_mean": Meaning("fullest expert", "Tokens of the fullest expert over the mean, the worst layer's."),
     "moe/dropped": Meaning("dropped tokens", "Share of tokens that an expert had no room for.", "share"),
+    "replay/differs": Meaning(
+        "told otherwise",
+        "Share of tokens x layers whose router would choose other experts than it repeats, in updates.",
+        "share",
+    ),
+    "replay/choices_differ": Meaning(
+        "choices told otherwise", "Share of expert choices that routers would make and do not, in updates.", "share"
+    ),
+    "replay/rollout_differs": Meaning(
+        "trainer and server differ", "Share of tokens x layers for which trainer and server choose other experts.", "share"
+    ),
+    "replay/rollout_choices_differ": Meaning(
+        "differing choices", "Share of the trainer's expert choices that the server did not make.", "share"
+    ),
+    "replay/missing": Meaning("without routing", "Share of samples of which the servers returned no routing.", "share"),
+    "replay/bytes": Meaning("held for replay", "Expert choices that the fullest rank holds for a step.", "bytes"),
     "moe/routing_changed": Meaning("changed routing", "Share of expert choices that the update changed.", "share"),
 }
 

@@ -145,7 +145,7 @@ class _LayerReplay(RouterReplay):
         self.backward.append(pack)
         if self.owner.given is not None:
             live = _choice(*arguments)
-            told = self._told(self.owner.given[pack], live)
+            told = self._told(self.owner.given[pack], len(scores), live)
             self._count(live, told, self.owner.given[pack].known)
             values, places = self._replayed(told, *arguments)
         else:
@@ -163,7 +163,7 @@ class _LayerReplay(RouterReplay):
             return super().get_replay_topk(*arguments)
         routes = self.owner.given[self.backward.popleft()]
         live = None if routes.known is None else _choice(*arguments)
-        return self._replayed(self._told(routes, live), *arguments)
+        return self._replayed(self._told(routes, len(arguments[0]), live), *arguments)
 
     def _replayed(self, told: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         self.set_target_indices(told)
@@ -172,10 +172,12 @@ class _LayerReplay(RouterReplay):
         self.clear_indices()  # eight bytes a choice would wait for a backward pass that is told anew anyway
         return values, places
 
-    def _told(self, routes: Routes, live: Tensor | None) -> Tensor:
+    def _told(self, routes: Routes, tokens: int, live: Tensor | None) -> Tensor:
         """[tokens, topk] int64: the given experts, and the router's own choice where none are known."""
-        device = self.owner.device.torch_device
-        told = routes.experts[self.number].to(device, non_blocking=True).long()
+        device, given = self.owner.device.torch_device, routes.experts[self.number]
+        if len(given) != tokens:  # Megatron would take too few without a word
+            raise ValueError(f"routing of {len(given)} tokens is given for a pack with {tokens}: it was of other packs")
+        told = given.to(device, non_blocking=True).long()
         if routes.known is None or live is None:
             return told
         return torch.where(routes.known.to(device, non_blocking=True)[:, None], told, live)

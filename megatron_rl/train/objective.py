@@ -90,6 +90,6 @@ def _refuse_replay_of_nothing(settings: ObjectiveSettings, objective: Objective)
     reads = objective.needs_columns if isinstance(objective, ComposedObjective) else frozenset({"old"})
     if settings.routing_replay == "policy" and "old" not in reads:
         raise SettingsError(
-            f"objective.routing_replay = policy with objective.surrogate = {settings.surrogate}: none of its parts reads `old`, "
-            "so there is no pass whose routing updates could repeat. Set objective.routing_replay to off or rollout."
+            f"objective.routing_replay = policy with objective.surrogate = {settings.surrogate}: nothing in it reads `old`, so "
+            "there is no pass whose routing updates could repeat. Set objective.routing_replay to off or rollout."
         )

@@ -261,6 +261,26 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "moe", 1, "sampling.routing=true servers.router=http://127.0.0.1:9",
         "a router drops what servers return of it", "Remove servers.router",
     ),
+    "replay behind a router": (
+        "moe", 1, "objective.routing_replay=rollout servers.router=http://127.0.0.1:9",
+        "objective.routing_replay = rollout with servers.router", "or set objective.routing_replay=policy",
+    ),
+    "replay of a dense model": (
+        "dense", 1, "objective.routing_replay=policy",
+        "objective.routing_replay = policy: a llama model without experts routes nothing", "objective.routing_replay=off",
+    ),
+    "replay of what is not returned": (
+        "moe", 1, "objective.routing_replay=rollout sampling.routing=false",
+        "objective.routing_replay = rollout with sampling.routing = false", "Set sampling.routing=true",
+    ),
+    "replay of no pass": (
+        "moe", 1, "objective.routing_replay=policy objective.on_policy=true",
+        "objective.routing_replay = policy with objective.on_policy = true", "to off or rollout",
+    ),
+    "replay of somebody else's pass": (
+        "moe", 1, "objective.routing_replay=policy objective.old_log_probs=rollout",
+        "objective.routing_replay = policy with objective.old_log_probs = rollout", "objective.routing_replay=rollout",
+    ),
     "several updates on policy": (
         "dense", 1, "objective.on_policy=true batch.epochs=2",
         "objective.on_policy = true with batch.minibatches = 1 and batch.epochs = 2", "Set both to 1",

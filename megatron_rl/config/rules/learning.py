@@ -26,7 +26,7 @@ def replayed_routing_is_there(case: Case) -> Iterator[str]:
         yield problem(
             f"{name} with sampling.routing = false",
             "servers would not return what is to be replayed",
-            "Remove sampling.routing, or set objective.routing_replay=policy",
+            "Set sampling.routing=true, or objective.routing_replay=policy",
         )
     if objective.routing_replay != "policy":
         return
