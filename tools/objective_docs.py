@@ -226,10 +226,10 @@ server, {steps} steps of {groups} groups of {group_size} responses, settings tho
 at: **{verdict}**.
 
 The reward is the mean of the first five and of the last five steps, {samples} responses each: enough to see that something is
-learned, and not to tell one row from its neighbour. Learning rate and bounds are GSPO's for this toy and nobody tuned them for
-the others. `sft` imitates whatever was said, so it has no reason to rise. `gdpo` adds a second reward and `per_turn` counts two
-turns, so both earn up to 2. The share that was clipped is a mean over all steps, in the first of whose two updates nothing can
-be.
+learned, and not to tell one row from its neighbour. Learning rate and bounds are GSPO's for this toy and nobody tuned them
+for the others. `sft` imitates whatever was said, so it has no reason to rise. `gdpo` adds a second reward and `per_turn`
+counts two turns, so both earn up to 2. The share that was clipped is a mean over all updates; in the first of a step nothing
+can be, so it is 0 where there is only one.
 
 | part | with | reward | clipped | largest gradient norm | metrics |
 | --- | --- | --- | --- | --- | --- |

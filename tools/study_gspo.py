@@ -58,7 +58,7 @@ from tools.toy_runs import (  # noqa: E402
     study_parser,
 )
 
-STEPS, MINIBATCHES, GROUPS, GROUP_SIZE, SEEDS = 25, 4, 16, 8, 3
+STEPS, MINIBATCHES, GROUPS, GROUP_SIZE, SEEDS = 25, 4, 8, 8, 3
 CONDITIONS = {"steps": STEPS, "minibatches": MINIBATCHES, "groups": GROUPS, "group_size": GROUP_SIZE, "seeds": SEEDS}
 COMMON = (
     f"run.steps={STEPS}",
@@ -94,8 +94,8 @@ type Numbers = dict[str, float]
 
 
 def plan() -> list[str]:
-    """Every run, arms together."""
-    return [f"{arm} seed {seed}" for arm in ARMS for seed in range(SEEDS)] + [f"rate {rate:g}" for rate in RATES]
+    """Every run, seed after seed."""
+    return [f"{arm} seed {seed}" for seed in range(SEEDS) for arm in ARMS] + [f"rate {rate:g}" for rate in RATES]
 
 
 # -- looking at updates ----------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ PARTNERS: Mapping[str, Sequence[str]] = {
         "sampling.environment=tools.toy_runs:DigitsAgain",
         "rewards=[]",
     ),
-    "penalty overlong": ("objective.penalties=[{name: overlong, options: {longest: 6, buffer: 2}}]",),
 }
+OPTIONS: Mapping[str, str] = {"penalty overlong": ", options: {longest: 6, buffer: 2}"}  # responses have five tokens
 
 
 def names() -> list[str]:
@@ -72,6 +72,7 @@ def partners(run: str) -> list[str]:
     """Settings that bring a part together with what it asks for."""
     kind, _, name = run.partition(" ")
     part = KINDS[kind][name]()
+    listed = f"[{{name: {name}{OPTIONS.get(run, '')}}}]"
     given: list[str] = []
     if kind == "surrogate":
         given += [f"objective.surrogate={name}", "objective.options={}"]
@@ -79,9 +80,9 @@ def partners(run: str) -> list[str]:
     elif kind == "advantage":
         given += [f"objective.advantage={name}"]
     elif kind == "weight" and part.level == "token":
-        given += ["objective.surrogate=grpo", "objective.options={}", f"objective.weights=[{{name: {name}}}]"]
+        given += ["objective.surrogate=grpo", "objective.options={}", f"objective.weights={listed}"]
     else:
-        given += [f"objective.{'weights' if kind == 'weight' else 'penalties'}=[{{name: {name}}}]"]
+        given += [f"objective.{'weights' if kind == 'weight' else 'penalties'}={listed}"]
     if getattr(part, "needs_reference", False):
         given += ["objective.reference=initial"]
     if getattr(part, "on_policy_only", False):
