@@ -1,11 +1,13 @@
 """Write docs/objectives.md and its pictures from the objectives themselves: `python tools/objective_docs.py`.
 
-Formulas, sources and options come from docstrings and declarations, curves from calling the objectives. `--text` leaves the
-pictures as they are. A test compares the text with what is committed.
+Formulas, sources and options come from docstrings and declarations, curves from calling the objectives, the table of real runs
+from what tools/study_objectives.py has measured. `--text` leaves the pictures as they are. A test compares the text with what
+is committed.
 """
 
 import argparse
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from megatron_rl.objectives.registry import SURROGATES
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PICTURES, EXAMPLE = DOCS / "objectives.md", DOCS / "objectives", DOCS / "examples" / "my_objective.py"
+STUDY = PICTURES / "study.json"
 POINTS = 201
 OLD = -1.0  # the old log-prob of the one token that is looked at
 NARROW = 1.2e-3  # half of the width shown where the clip band is GSPO's
@@ -214,6 +217,25 @@ called anew before each update. Responses of one prompt carry the same `Sequence
 column `conflict` are made of whole groups as well; once they are made, the other surrogates do not mind how a step is cut.
 """
 
+SEEN = """\
+## All of them, seen at work
+
+`python tools/study_objectives.py` trains the toy of the quickstart with each of them: a real policy of one rank, a real SGLang
+server, {steps} steps of {groups} groups of {group_size} responses, settings those of
+[`configs/quickstart.yaml`](../configs/quickstart.yaml) but for what stands under *with*. Every metric of every step was looked
+at: **{verdict}**.
+
+The reward is the mean of the first five and of the last five steps, {samples} responses each: enough to see that something is
+learned, and not to tell one row from its neighbour. Learning rate and bounds are GSPO's for this toy and nobody tuned them
+for the others. `sft` imitates whatever was said, so it has no reason to rise. `gdpo` adds a second reward and `per_turn`
+counts two turns, so both earn up to 2. The share that was clipped is a mean over all updates; in the first of a step nothing
+can be, so it is 0 where there is only one.
+
+| part | with | reward | clipped | largest gradient norm | metrics |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+"""
+
 OWN = """\
 ## Your own objective
 
@@ -244,10 +266,32 @@ def text() -> str:
         if kind == "surrogate":
             parts.append(PICTURE_NOTE)
         parts += [_section(entry) for entry in entries]
-    parts.append(GROUPS)
+    parts += [GROUPS, _seen(json.loads(STUDY.read_text(encoding="utf-8")))]
     example = EXAMPLE.relative_to(DOCS).as_posix()
     parts.append(OWN.format(path=example, code=EXAMPLE.read_text(encoding="utf-8")))
     return "\n".join(parts)
+
+
+def _seen(study: Mapping[str, Any]) -> str:
+    """The section of real runs."""
+    conditions, runs = study["conditions"], study["runs"]
+    wrong = [name for name, run in runs.items() if run["not_finite"] or run["skipped"]]
+    verdict = f"nan or infinite in {', '.join(wrong)}" if wrong else "all were finite, and no update was skipped"
+    samples = 5 * conditions["groups"] * conditions["group_size"]
+    rows = "\n".join(study_row(name, run) for name, run in runs.items())
+    return SEEN.format(**conditions, samples=samples, verdict=verdict, rows=rows)
+
+
+def study_row(name: str, run: Mapping[str, Any]) -> str:
+    """A run of tools/study_objectives.py as a row of the table."""
+    kind, _, own = name.partition(" ")
+    settings = (setting.removeprefix("objective.") for setting in run["settings"])
+    partners = " ".join(f"`{setting}`" for setting in settings if setting not in (f"{kind}={own}", "options={}"))
+    first, last = (sum(rewards) / len(rewards) for rewards in (run["reward/mean"][:5], run["reward/mean"][-5:]))
+    clipped = run.get("clip_fraction")
+    share = "" if clipped is None else f"{sum(clipped) / len(clipped):.3f}"
+    part, norm = f"{kind} [`{own}`](#{kind}-{own})", f"{max(run['grad_norm']):.3g}"
+    return f"| {part} | {partners} | {first:.2f} → {last:.2f} | {share} | {norm} | {run['metrics']} |"
 
 
 def _overview(entries: Iterable[Entry]) -> str:
