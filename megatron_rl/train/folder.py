@@ -6,7 +6,6 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.bank import files
-from megatron_rl.weights.checkpoint_files import remove_halves
 
 SETTINGS = "settings.yaml"
 
@@ -30,6 +29,8 @@ def begin(settings: Settings) -> None:
 
 def tidy(settings: Settings) -> None:
     """Remove checkpoints and exports that a kill has left half-written or half-deleted."""
+    from megatron_rl.weights.checkpoint_files import remove_halves  # torch: seconds that looking at a folder need not take
+
     for name in ("checkpoints", "exports"):
         remove_halves(settings.run.directory / name)
 

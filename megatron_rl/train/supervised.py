@@ -74,9 +74,12 @@ def open_lessons(settings: Settings, console: Console) -> Lessons:
     return Lessons(demonstrations, held_out, tokenizer)
 
 
-def main(settings: Settings, *, resume: bool = False, observers: Sequence[Observer] = (), console: Console) -> bool:
+def main(
+    settings: Settings, *, resume: bool = False, observers: Sequence[Observer] = (), console: Console | None = None
+) -> bool:
     """Train, measure, save. Every rank runs this, and `observers` are told on the main one. False when it was told to stop."""
     launch = Launch.from_environment()
+    console = console or Console(quiet=launch.rank != 0, highlight=False)
     require_valid(settings, read_architecture(settings.policy.config), launch.world_size)
     checkpoints = settings.run.directory / "checkpoints"
     present = latest_checkpoint(checkpoints)
