@@ -320,6 +320,7 @@ def main() -> None:
     # Orphans become our children, so that none is overlooked. Parts of a server that ends while it starts tell their parent.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGQUIT, lambda *_: print("      (an orphan sent SIGQUIT to whoever became its parent)", flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # as Ctrl-C does: nothing is left running
     with tempfile.TemporaryDirectory(prefix="megatron-rl-chaos-") as name:
         sys.exit(torment(options, options.folder or Path(name)))
 
