@@ -211,6 +211,16 @@ class Policy:
             finally:
                 self._watch = None
 
+    def make_room(self) -> None:
+        """Between steps, for servers on the same GPUs: give back what only learning needs, gradients and what lies unused."""
+        for chunk in self.model.chunks:
+            chunk.offload_grad_buffers()
+
+    def take_room(self) -> None:
+        """Gradients have their memory again. Without it there is no `update`."""
+        for chunk in self.model.chunks:
+            chunk.restore_grad_buffers()
+
     def close(self) -> None:
         """Leave the other ranks; call it on all of them."""
         self.layout.close()

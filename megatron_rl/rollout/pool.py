@@ -238,7 +238,7 @@ class Pool:
         last = loop.time()
         while True:
             await asyncio.sleep(GLANCE)
-            if any(self.fleet.at_work()) or self.fleet.updating:
+            if any(self.fleet.at_work()) or self.fleet.updating or self.fleet.asleep:
                 last = loop.time()
             elif loop.time() - last > self._settings.outage_seconds:
                 told = f"No server has worked for {self._settings.outage_seconds:.0f} s (servers.outage_seconds):\n"

@@ -9,7 +9,9 @@ import numpy as np
 
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
-from megatron_rl.rollout.health import Healthy, Outdated, Suspect
+from megatron_rl.rollout.caretaker import Load
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.health import Asleep, Healthy, Outdated, Suspect
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
@@ -59,6 +61,7 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
         machines=-(-layout.world_size // layout.launch.local_world_size),
         quantizer=fp8_quantizer(weight_map, quantization),
         longest=settings.batch.max_sequence or settings.batch.max_tokens,
+        colocated=settings.servers.colocated,
     )
 
 
@@ -86,8 +89,18 @@ async def publish_to_pool(
             raise
         await wait(paused.__aexit__(None, None, None))
 
-    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
-    return await publisher.publish(version, [Target(worker.url) for worker in present], tell, halt)
+    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated | Asleep)]
+    targets = [Target(worker.url, worker.server.options.ranks if worker.server else ()) for worker in present]
+    report = await publisher.publish(version, targets, tell, halt)
+    if fleet.asleep or fleet.version != version:
+        await wait(_nobody_took(fleet, version, publisher.kept(version)))
+    return report
+
+
+async def _nobody_took(fleet: Fleet, version: int, load: Load | None) -> None:
+    """No server could be sent anything. The version is new all the same, and whoever sleeps or died may come back."""
+    async with fleet.paused(version, load):
+        return
 
 
 async def _here(coroutine: Coroutine[Any, Any, Any]) -> Any:
