@@ -229,11 +229,11 @@ class Fleet:
                 await worker.client.sleep()
             except ServerError as error:
                 self._quarantine(worker, f"it did not give its memory back: {error}")
-            else:
-                worker.become(Asleep())
+        if isinstance(worker.health, Paused):
+            worker.become(Asleep())
         if isinstance(worker.health, Quarantined) and worker.server is not None:
-            await asyncio.to_thread(worker.server.kill)
             worker.become(Dead(f"killed, since it would have kept the trainer's memory: {worker.health.reason}"))
+            await asyncio.to_thread(worker.server.kill)
 
     async def _halt(self, worker: Worker) -> None:
         """Have it ready for new weights. A server of our own takes memory for its keys and values only behind them."""
