@@ -6,6 +6,7 @@ the packs of its own model replica.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -213,13 +214,15 @@ class Policy:
 
     def make_room(self) -> None:
         """Between steps, for servers on the same GPUs: give back what only learning needs, gradients and what lies unused."""
-        for chunk in self.model.chunks:
-            chunk.offload_grad_buffers()
+        with _no_word_of_storages():
+            for chunk in self.model.chunks:
+                chunk.offload_grad_buffers()
 
     def take_room(self) -> None:
         """Gradients have their memory again. Without it there is no `update`."""
-        for chunk in self.model.chunks:
-            chunk.restore_grad_buffers()
+        with _no_word_of_storages():
+            for chunk in self.model.chunks:
+                chunk.restore_grad_buffers()
 
     def close(self) -> None:
         """Leave the other ranks; call it on all of them."""
@@ -347,6 +350,14 @@ def _common(names: Iterable[Iterable[str]]) -> tuple[str, ...] | None:
     """The names that all have, or None when there is nobody."""
     given = [set(some) for some in names]
     return tuple(sorted(set.intersection(*given))) if given else None
+
+
+@contextmanager
+def _no_word_of_storages() -> Iterator[None]:
+    """Megatron asks torch for storages in a way that torch warns of: nothing that a user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        yield
 
 
 def _finalize_without_scaling(model: Any, num_tokens: Any, *, groups: Any, **kwargs: Any) -> None:
