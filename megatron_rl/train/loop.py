@@ -60,9 +60,10 @@ class Trainer:
 
     def run(self) -> RunState:
         """Until all steps are done, or the run is told to stop; either way everything is saved."""
-        if not self.source.has(self.state.step):
+        due = self.evaluations is not None and self.state.step == 0
+        if due or not self.source.has(self.state.step):
             self._publish()
-        if self.state.step == 0:
+        if due:
             self._evaluate()
         while self.state.step < self.settings.run.steps:
             arrived = self._collect()
