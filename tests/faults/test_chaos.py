@@ -98,8 +98,10 @@ async def strike(how: str, pool: Pool, proxy: Proxy, own: Worker) -> None:
             proxy.fault = "none"
 
 
-async def nights(pool: Pool, own: Worker, other: Worker) -> None:
+async def nights(pool: Pool, proxy: Proxy, own: Worker) -> None:
     """All servers sleep, as beside a trainer on the same GPUs. One that dies asleep is not started before the others wake."""
+    other = pool.fleet.workers[proxy.url]
+    proxy.fault = "none"
     await until(lambda: own.works and other.works)
     await pool.fleet.lie_down()
     assert own.client.asleep == other.client.asleep == {"weights", "kv_cache", "cuda_graph"}
@@ -150,7 +152,7 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
             assert bank.waiting() == bank.carried() == []
         assert all(worker.desk.requests == 0 and not worker.attempts for worker in pool.fleet.workers.values())
         restarts = own.restarts
-        await nights(pool, own, pool.fleet.workers[proxy.url])
+        await nights(pool, proxy, own)
         return restarts
 
 

@@ -73,3 +73,4 @@ def test_servers_sleep_while_the_policy_learns(tiny_server: TinyServer, tmp_path
     train(separate, observers=[Journal(tmp_path / "separate")])
     assert learned(tmp_path / "separate") == learned(folder)
     assert state(tmp_path / "separate", 4) == state(folder, 4)
+    talk(tiny_server, lambda client: client.update_from_disk(str(tiny_server.model), 0))
