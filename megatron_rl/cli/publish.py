@@ -132,6 +132,7 @@ def _publish(
 
     async def run() -> "Report":
         answers = await _answers(urls, connect)
+        _require_awake(answers)
         _require_same_model(source, answers)
         present = [info.version for info in answers.values() if info.version is not None]
         number = _number(source, present) if version is None else version
@@ -158,6 +159,16 @@ async def _answers(urls: Sequence[str], connect: "Callable[[str], Client]") -> "
         except RuntimeError:
             continue
     return found
+
+
+def _require_awake(answers: "Mapping[str, ServerInfo]") -> None:
+    """Weights sent to memory that a server has given back would end it. To wake it is up to the run that let it sleep."""
+    for url, info in answers.items():
+        if info.state in ("asleep", "unsettled"):
+            raise SettingsError(
+                f"{url} sleeps: a run with servers.placement=colocated has its memory, or died over it. Wait for the end of "
+                "that run; if there is none, start the server again."
+            )
 
 
 def _require_same_model(source: "Source", answers: "Mapping[str, ServerInfo]") -> None:

@@ -67,6 +67,11 @@ class ServerSettings(Section):
     urls_file: Path | None = Field(
         None, description="A file of such URLs, one a line; it is watched: servers that appear in it join, others leave."
     )
+    placement: Literal["separate", "colocated"] = Field(
+        "separate",
+        description="Whose GPUs servers use. separate: their own. colocated: the trainer's, in turns: while the policy learns, "
+        "servers sleep, that is, they have given their memory back. See docs/servers.md.",
+    )
     router: str | None = Field(
         None, description="URL of an sglang-router: generation goes through it, everything else to the servers themselves."
     )
@@ -102,3 +107,8 @@ class ServerSettings(Section):
     piece: PositiveInt = Field(
         32, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
     )
+
+    @property
+    def colocated(self) -> bool:
+        """Do servers and trainer use the same GPUs, in turns?"""
+        return self.placement == "colocated"

@@ -64,6 +64,14 @@ def check_arguments(given: Mapping[str, Any]) -> list[str]:
     return [line for name, value in given.items() for line in _problems(name, value)]
 
 
+def value_of(given: Mapping[str, Any], name: str) -> Any:
+    """What an argument is given as, whichever of its spellings is used; None where it is not."""
+    known = known_arguments()
+    option = known[name].option
+    values = [value for each, value in given.items() if (found := known.get(_plain(each))) and found.option == option]
+    return values[-1] if values else None
+
+
 def command_line(given: Mapping[str, Any]) -> list[str]:
     """Arguments as the server's command line takes them. Null and a flag that is off are left out."""
     problems = check_arguments(given)

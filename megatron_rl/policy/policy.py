@@ -6,6 +6,7 @@ the packs of its own model replica.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -230,6 +231,18 @@ class Policy:
         layers = [int(router.layer_number) - 1 for router in self.routers.routers()]
         return [rollout_routes(pack, self.layout, self.architecture, layers) for pack in packs]
 
+    def make_room(self) -> None:
+        """Between steps, for servers on the same GPUs: give back what only learning needs, gradients and what lies unused."""
+        with _no_word_of_storages():
+            for chunk in self.model.chunks:
+                chunk.offload_grad_buffers()
+
+    def take_room(self) -> None:
+        """Gradients have their memory again. Without it there is no `update`."""
+        with _no_word_of_storages():
+            for chunk in self.model.chunks:
+                chunk.restore_grad_buffers()
+
     def close(self) -> None:
         """Leave the other ranks; call it on all of them."""
         self.layout.close()
@@ -352,6 +365,14 @@ def _common(names: Iterable[Iterable[str]]) -> tuple[str, ...] | None:
     """The names that all have, or None when there is nobody."""
     given = [set(some) for some in names]
     return tuple(sorted(set.intersection(*given))) if given else None
+
+
+@contextmanager
+def _no_word_of_storages() -> Iterator[None]:
+    """Megatron asks torch for storages in a way that torch warns of: nothing that a user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        yield
 
 
 def _finalize_without_scaling(model: Any, num_tokens: Any, *, groups: Any, **kwargs: Any) -> None:

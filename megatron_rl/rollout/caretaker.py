@@ -11,7 +11,7 @@ from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity
 from megatron_rl.rollout.errors import Refused, ServerError
-from megatron_rl.rollout.health import Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
+from megatron_rl.rollout.health import Asleep, Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
 from megatron_rl.rollout.replies import ServerInfo
 from megatron_rl.rollout.server import start_again
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
@@ -28,9 +28,10 @@ LONGEST_REST = 3  # doublings of the time between looks at a quarantined server,
 
 @dataclass
 class Weights:
-    """The weights that responses come from now. `lock` is held while those of any server change."""
+    """The weights that responses come from now. `lock` is held while those of any server change, and while all lie down."""
 
     version: int
+    asleep: bool = False  # the trainer has the GPUs: who comes now sleeps too, who died is not started yet
     load: Load | None = None  # None: only the next update brings a server that missed one back
     brought: bool = False  # by an update: a server that starts anew does not have them, whatever number it gives to its own
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -79,7 +80,7 @@ class Caretaker:
                     await self._call_back()
                 case Dead():
                     await self._restart()
-                case Paused() | Outdated():
+                case Paused() | Outdated() | Asleep():
                     await self._wait(self._settings.probe_seconds)
                     self._notice_death()
 
@@ -100,7 +101,10 @@ class Caretaker:
             await self._wait(self._settings.probe_seconds)
         if self._notice_death() or not isinstance(worker.health, Healthy | Suspect):
             return
+        before = worker.health
         reason = await self._complaint()
+        if worker.health is not before:
+            return  # it was paused or put to sleep meanwhile, and answers no such question then
         if reason is not None:
             worker.probe_failed(reason)
             await self._wait(min(HURRY, self._settings.probe_seconds))
@@ -111,7 +115,7 @@ class Caretaker:
         """After a rest: is it well, and what weights has it? One of our own that does not recover is killed."""
         worker = self._worker
         await self._rest(self._settings.probe_seconds * 2 ** min(max(worker.rests - 1, 0), LONGEST_REST))
-        if self._notice_death() or not isinstance(worker.health, Quarantined):
+        if self._notice_death() or not isinstance(worker.health, Quarantined) or self._weights.asleep:
             return
         try:
             await self._wake()
@@ -128,8 +132,8 @@ class Caretaker:
             self._move(Quarantined, Quarantined(reason))
 
     async def _wake(self) -> None:
-        """An update may have failed while the server was paused."""
-        await self._worker.client.resume()
+        """An update may have failed while the server was paused, or half awake."""
+        await self._worker.client.rouse()
 
     async def _restart(self) -> None:
         """Start a server of our own again at its old address; others stay dead until they are told to go."""
@@ -138,7 +142,7 @@ class Caretaker:
             await self._wait(None)
             return
         await self._wait(min(2.0**worker.restarts, 2.0**LONGEST_REST), heed_look=False)
-        if not isinstance(worker.health, Dead):
+        if not isinstance(worker.health, Dead) or self._weights.asleep:
             return
         worker.restarts += 1
         worker.server = await start_again(worker.server)
@@ -153,7 +157,13 @@ class Caretaker:
         worker, weights, before = self._worker, self._weights, self._worker.health
         info = await inspect(worker.client, self._demands)
         worker.desk.capacity = self._capacity(info)
+        worker.torn = worker.torn or info.state != "whole"
         async with weights.lock:
+            if weights.asleep:
+                worker.torn = True
+                await worker.client.sleep()
+                self._move(type(before), Asleep())
+                return
             version = await self._version(info)
             if weights.load is not None and (version != weights.version or worker.torn):
                 worker.torn = True
@@ -171,7 +181,7 @@ class Caretaker:
 
     async def _version(self, info: ServerInfo) -> int | None:
         """Weights that were never updated are version 0, whatever their server calls them."""
-        if info.version is None and self._weights.version == 0:
+        if info.version is None and self._weights.version == 0 and not self._worker.torn:
             await self._worker.client.set_version(0)
             return 0
         return info.version

@@ -4,9 +4,10 @@ What would kill a server cannot be said here. Measured on SGLang 0.5.17, each of
 tokens outside the vocabulary (so the client knows its size); an update of the weights that flushes the cache while requests
 are queued (so updates never flush: `flush_cache` is a call of its own, which a busy server refuses); tensors that name another
 process's memory (so tensors travel by value); an update over a group that the server has not joined (so joining comes first);
-memory released while requests run, or resumed when it was not released (so releasing pauses first, and resuming follows it).
+memory released while requests run, or resumed when it was not released (so `sleep` empties the server first, `wake` asks it).
 """
 
+import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -21,14 +22,16 @@ from numpy.typing import NDArray
 
 from megatron_rl.rollout import replies
 from megatron_rl.rollout.connection import Connection, Patience
-from megatron_rl.rollout.errors import Refused
+from megatron_rl.rollout.errors import Refused, TimedOut
 from megatron_rl.rollout.replies import Generation, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
+from megatron_rl.rollout.sleep import Memory, Sleep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 type PauseMode = Literal["abort", "retract", "in_place"]
-type MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
+
+EMPTYING = 10.0  # seconds in which a server that is paused must be done with its last requests
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ class Client:
         self.vocabulary = vocabulary
         self.patience = patience or Patience()
         self._connection = Connection(url, api_key, self.patience)
-        self._released = False
+        self._sleep = Sleep(self._connection)
         self._groups: set[str] = set()
 
     @property
     def url(self) -> str:
         return self._connection.url
+
+    @property
+    def asleep(self) -> frozenset[Memory]:
+        """What memory the server has given back, as far as we know."""
+        return self._sleep.gone
 
     async def __aenter__(self) -> Self:
         return self
@@ -181,7 +189,9 @@ class Client:
             raise
 
     async def resume(self) -> None:
-        """Generate again."""
+        """Generate again. A server that sleeps, in part or wholly, would end over it: `wake` comes first."""
+        if self.asleep:
+            raise ValueError(f"{self.url} sleeps: it has given back {', '.join(sorted(self.asleep))}")
         await self._connection.call("/continue_generation", {}, self.patience.answer)
         self._connection.release()
 
@@ -256,20 +266,28 @@ class Client:
         """Drop all cached prefixes. A server with requests running or queued refuses, also while it is paused."""
         await self._connection.tell("/flush_cache", None, self.patience.answer)
 
-    async def release_memory(self, tags: Sequence[MemoryTag] = ()) -> None:
-        """End all requests, then give the GPU's memory back, all kinds of it or those named. New requests wait for `resume`."""
-        if self._released:
-            raise ValueError(f"{self.url} has released its memory already; resume_memory comes next")
-        await self.pause("abort")
-        self._released = True
-        await self._connection.tell("/release_memory_occupation", {"tags": list(tags) or None}, self.patience.update)
+    # Sleep, see sleep.py.
 
-    async def resume_memory(self, tags: Sequence[MemoryTag] = ()) -> None:
-        """Take the memory again. Weights come back empty: update them, then `resume`."""
-        if not self._released:
-            raise ValueError(f"{self.url} has released no memory through this client")
-        await self._connection.tell("/resume_memory_occupation", {"tags": list(tags) or None}, self.patience.update)
-        self._released = False
+    async def sleep(self) -> None:
+        """End all requests, then give all memory back. New requests wait; weights, keys and values are lost."""
+        await self.pause("abort")
+        await self._emptied()
+        await self._sleep.begin()
+
+    async def wake(self, *memory: Memory) -> None:
+        """Take memory again, all of it or what is named. Weights come back empty: update them, then `resume`.
+
+        Only for servers that end with us may it be one after the other: who finds a server that has been given new weights, and
+        not yet its cache, takes it for a whole one.
+        """
+        await self._sleep.end(*memory)
+
+    async def rouse(self) -> None:
+        """Have it generate again, however somebody has left it: paused, or asleep. `model_info` says what its weights are."""
+        await self._sleep.find_out()
+        if self.asleep:
+            await self.wake()
+        await self.resume()
 
     # Questions: safe to ask again.
 
@@ -318,6 +336,17 @@ class Client:
             return None
         with self._connection.trusting("/weights_checker"):
             return replies.read_checksums(reply)
+
+    async def _emptied(self) -> None:
+        """A paused server is done with its last requests a moment after they have ended: until then it refuses to flush."""
+        deadline = asyncio.get_running_loop().time() + EMPTYING
+        while True:
+            try:
+                return await self.flush_cache()
+            except Refused as refused:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise TimedOut(self.url, refused.endpoint, f"still not empty: {refused.what}") from refused
+                await asyncio.sleep(0.05)
 
     async def _update(self, endpoint: str, body: Mapping[str, Any], version: int) -> None:
         """Weights, whichever way they come. Never with a flush: a queue that is not empty would end the server."""

@@ -25,6 +25,10 @@ class BadReply(ServerError):
     """A reply that cannot be trusted: no JSON, cut short, fields missing, or numbers that contradict each other."""
 
 
+class Unsettled(ServerError):
+    """Somebody died while the server gave its memory back or took it: what it has now is not known."""
+
+
 class Refused(ServerError):
     """The server understood and said no, or failed at it and said so."""
 

@@ -12,7 +12,7 @@ from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.connection import Patience
 from megatron_rl.rollout.dispatch import Capacity, Desk
 from megatron_rl.rollout.errors import ServerError
-from megatron_rl.rollout.health import Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
+from megatron_rl.rollout.health import Asleep, Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports, stop_servers
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.urls_file import read_urls
@@ -75,6 +75,11 @@ class Fleet:
     def starting(self) -> bool:
         """Does a server of our own start? It has a time-out of its own (servers.start_seconds)."""
         return any(isinstance(worker.health, Starting) and worker.server is not None for worker in self.workers.values())
+
+    @property
+    def asleep(self) -> bool:
+        """Has the trainer the GPUs? The next update wakes the servers."""
+        return self._weights.asleep
 
     # Coming and going.
 
@@ -175,14 +180,14 @@ class Fleet:
     async def paused(self, version: int, load: Load | None = None) -> AsyncIterator[Update]:
         """Pause all servers while the caller brings them to new weights; then they go on, those that have them.
 
-        `load` brings one server there later, by a way of its own: one that was away, or comes new. An exception of the caller
-        leaves no server with weights to be trusted; the next update does.
+        Those that sleep are woken instead. `load` brings one server there later, by a way of its own: one that was away, or
+        comes new. An exception of the caller leaves no server with weights to be trusted; the next update does.
         """
         async with self._weights.lock:
-            well = [worker for worker in self.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
+            well = [each for each in self.workers.values() if isinstance(each.health, Healthy | Suspect | Outdated | Asleep)]
             for worker in well:
                 worker.become(Paused())
-            await asyncio.gather(*map(self._pause, well))
+            await asyncio.gather(*map(self._halt, well))
             workers = [worker for worker in well if isinstance(worker.health, Paused)]
             update = Update(workers)
             for worker in workers:
@@ -201,14 +206,58 @@ class Fleet:
                     self._quarantine(worker, f"an update of its weights failed: {update.dropped[worker.url]}")
             self._weights.version, self._weights.load, self._weights.brought = version, load, True
             await asyncio.gather(*map(self._resume, workers))
+            self._weights.asleep = False
+
+    async def lie_down(self) -> None:
+        """All servers give their memory back, until the next update.
+
+        One that does not is quarantined. One of our own is killed then, since the trainer counts on the memory, and started
+        again when the others have been woken; one that is starting now is waited for.
+        """
+        async with self._weights.lock:
+            self._weights.asleep = True
+            for worker in self.workers.values():
+                if isinstance(worker.health, Healthy | Suspect | Outdated):
+                    worker.become(Paused())
+            await asyncio.gather(*map(self._lay_down, self.workers.values()))
+        ours = [worker for worker in self.workers.values() if worker.server is not None]
+        while any(isinstance(worker.health, Starting) for worker in ours):
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*map(self._lay_down, ours))
+
+    async def _lay_down(self, worker: Worker) -> None:
+        if isinstance(worker.health, Paused):
+            await self._pause(worker)
+        if isinstance(worker.health, Paused):
+            worker.torn = True
+            try:
+                await worker.client.sleep()
+            except ServerError as error:
+                self._quarantine(worker, f"it did not give its memory back: {error}")
+        if isinstance(worker.health, Paused):
+            worker.become(Asleep())
+        if isinstance(worker.health, Quarantined) and worker.server is not None:
+            worker.become(Dead(f"killed, since it would have kept the trainer's memory: {worker.health.reason}"))
+            await asyncio.to_thread(worker.server.kill)
+
+    async def _halt(self, worker: Worker) -> None:
+        """Have it ready for new weights. A server of our own takes memory for its keys and values only behind them."""
+        if not worker.client.asleep:
+            await self._pause(worker)
+            return
+        try:
+            await (worker.client.wake() if worker.server is None else worker.client.wake("weights"))
+        except ServerError as error:
+            self._quarantine(worker, f"it could not be woken: {error}")
 
     async def expect(self, version: int) -> None:
         """These weights are the present ones, though no server got them. Nobody works before an update has brought them."""
         async with self._weights.lock:
             self._weights.version, self._weights.load, self._weights.brought = version, None, True
+            self._weights.asleep = False
             for worker in self.workers.values():
                 worker.torn = True
-                if isinstance(worker.health, Healthy | Suspect):
+                if isinstance(worker.health, Healthy | Suspect | Asleep):
                     worker.become(Quarantined(f"weights {version} did not reach it"))
 
     async def _pause(self, worker: Worker) -> None:
@@ -232,6 +281,8 @@ class Fleet:
             if version != self._weights.version:
                 self._quarantine(worker, f"after the update to weights {self._weights.version} it reports {version}")
                 return
+            if worker.client.asleep:
+                await worker.client.wake()
             if self._settings.update == "abort":
                 await flush(worker.client)
             await worker.client.resume()

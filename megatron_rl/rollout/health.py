@@ -2,7 +2,8 @@
 
 Healthy servers get work. A suspect has failed a request or a probe: it keeps its work and gets no more. A quarantined one has
 lost its work to others, and is asked now and then whether it is well. An outdated one is well but has other weights than the
-rest. A paused one is being updated. Dead is a process that ended; left is a server that was told to go.
+rest. A paused one is being updated. One asleep has given its memory back, and is left alone until the next update. Dead is a
+process that ended; left is a server that was told to go.
 """
 
 import logging
@@ -50,6 +51,11 @@ class Paused:
 
 
 @dataclass(frozen=True)
+class Asleep:
+    """It has given its memory back; nothing may be asked of it before it is woken."""
+
+
+@dataclass(frozen=True)
 class Dead:
     """Nothing is to be expected of it, unless it is started again."""
 
@@ -61,16 +67,17 @@ class Left:
     """Told to go; what it still works on may finish."""
 
 
-type Health = Starting | Healthy | Suspect | Quarantined | Outdated | Paused | Dead | Left
+type Health = Starting | Healthy | Suspect | Quarantined | Outdated | Paused | Asleep | Dead | Left
 
 # Where each state may lead. From suspect to suspect failures are counted, from dead to starting is a restart.
 WAYS: Mapping[type, tuple[type, ...]] = {
-    Starting: (Healthy, Outdated, Quarantined, Dead, Left),
+    Starting: (Healthy, Outdated, Asleep, Quarantined, Dead, Left),
     Healthy: (Suspect, Quarantined, Paused, Dead, Left),
     Suspect: (Healthy, Suspect, Quarantined, Paused, Dead, Left),
-    Quarantined: (Healthy, Outdated, Quarantined, Dead, Left),
+    Quarantined: (Healthy, Outdated, Asleep, Quarantined, Dead, Left),
     Outdated: (Healthy, Quarantined, Paused, Dead, Left),
-    Paused: (Healthy, Quarantined, Dead, Left),
+    Paused: (Healthy, Asleep, Quarantined, Dead, Left),
+    Asleep: (Paused, Quarantined, Dead, Left),
     Dead: (Starting, Left),
     Left: (),
 }
@@ -85,7 +92,7 @@ def change(server: str, old: Health, new: Health) -> Health:
     if type(new) not in WAYS[type(old)]:
         raise ImpossibleTransition(f"{server} cannot become {name(new)} from {name(old)}")
     reason = getattr(new, "reason", "")
-    calm = isinstance(new, Starting | Healthy | Paused | Left)
+    calm = isinstance(new, Starting | Healthy | Paused | Asleep | Left)
     logger.log(
         logging.INFO if calm else logging.WARNING,
         "server %s: %s -> %s%s",

@@ -91,11 +91,17 @@ async def weights_of(urls: Sequence[str], model: Architecture, key: str | None) 
     for url in urls:
         async with Client(url, model.vocab, key) as client:
             try:
-                return (await client.model_info()).version or 0
+                info = await client.model_info()
             except ServerError as error:
                 raise UnsuitableServer(
                     f"{error}. Is a server running there? Correct servers.urls, or start servers with `megatron-rl serve`."
                 ) from error
+            if info.state != "whole":
+                raise UnsuitableServer(
+                    f"The server {url} has no weights to sample from (they are {info.state}): a run ended while it slept, or "
+                    "in the middle of an update. Start it again, or let a run train on it."
+                )
+            return info.version or 0
     return 0
 
 

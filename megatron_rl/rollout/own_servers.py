@@ -1,18 +1,22 @@
 """Which servers a run starts by itself: their options from the settings, GPUs dealt, threads shared, logs named."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.config.settings import Settings
-from megatron_rl.config.sglang_arguments import known_arguments
+from megatron_rl.config.sglang_arguments import value_of
 from megatron_rl.rollout.server import ServerOptions, has_gpu
 
 # Arguments that multiply the GPUs of a server.
 SIZES = ("tp_size", "pp_size")
+# Of a server on the trainer's GPUs: it can give its memory back, and takes half of what the policy has left free when the
+# server starts. The other half is for what comes later: the optimizer's moments, which the first step makes.
+COLOCATED_ARGUMENTS: Mapping[str, Any] = {"enable_memory_saver": True, "mem_fraction_static": 0.5}
 
 
 def own_servers(settings: Settings) -> list[ServerOptions]:
@@ -28,17 +32,19 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
     hands: Sequence[tuple[int | str, ...] | None] = (
         [None] * count if on_cpu else _dealt(servers, _gpus_each(settings.sglang), count)
     )
+    shared = COLOCATED_ARGUMENTS if servers.colocated and not on_cpu else {}
     logs = servers.logs or settings.run.directory / "servers"
     return [
         ServerOptions(
             model=_model(settings),
             log=logs / f"server-{index}.log",
-            arguments={**_random_weights(settings), **_routing(settings), **settings.sglang},
+            arguments={**_random_weights(settings), **_routing(settings), **shared, **settings.sglang},
             host=servers.host,
             port=None if servers.port is None else servers.port + index,
             api_key=read_api_key(servers),
             device="cpu" if on_cpu else "cuda",
             gpus=hand,
+            ranks=tuple(map(_rank_on, hand)) if hand is not None and servers.colocated else (),
             threads=settings.device.threads or max(1, len(os.sched_getaffinity(0)) // count),
             start_seconds=servers.start_seconds,
         )
@@ -79,16 +85,9 @@ def _routing(settings: Settings) -> dict[str, Any]:
 
 
 def _gpus_each(arguments: dict[str, Any]) -> int:
-    """GPUs of one server: the product of its sizes, whichever of their spellings is used."""
-    sizes = {option: 1 for option in (known_arguments()[size].option for size in SIZES)}
-    for name, value in arguments.items():
-        argument = known_arguments().get(name.replace("-", "_"))
-        if argument is not None and argument.option in sizes and isinstance(value, int):
-            sizes[argument.option] = value
-    product = 1
-    for size in sizes.values():
-        product *= size
-    return product
+    """GPUs of one server: the product of its sizes."""
+    sizes = [value_of(arguments, size) for size in SIZES]
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _dealt(servers: ServerSettings, each: int, count: int) -> list[tuple[int | str, ...]]:
@@ -100,6 +99,29 @@ def _dealt(servers: ServerSettings, each: int, count: int) -> list[tuple[int | s
             f"and there are {len(set(gpus))} for them. Start fewer servers, or name GPUs in servers.gpus."
         )
     return [tuple(gpus[index * each : (index + 1) * each]) for index in range(count)]
+
+
+def _rank_on(gpu: int | str) -> int:
+    """The rank of this machine that learns on a GPU: ranks take those that are visible in order, from 0 on the main machine."""
+    visible = [str(each) for each in _visible_gpus()]
+    if str(gpu) not in visible:
+        raise SettingsError(
+            f"servers.gpus: GPU {gpu} is not among those of the trainer (CUDA_VISIBLE_DEVICES = {','.join(visible)}), which "
+            "servers share with servers.placement=colocated. Name GPUs of the trainer, or leave servers.gpus out."
+        )
+    return visible.index(str(gpu))
+
+
+def require_ranks(options: Sequence[ServerOptions], local_ranks: int) -> None:
+    """Servers that share the trainer's GPUs find a rank on each of theirs."""
+    for each in options:
+        without = [str(gpu) for gpu, rank in zip(each.gpus or (), each.ranks, strict=False) if rank >= local_ranks]
+        if without:
+            raise SettingsError(
+                f"servers.placement = colocated: a server uses GPU {', '.join(without)}, and none of the {local_ranks} ranks "
+                "here does. Start a rank on each GPU, lower servers.count or sglang.tp_size, or name the GPUs of the ranks in "
+                "servers.gpus."
+            )
 
 
 def _visible_gpus() -> Sequence[int | str]:

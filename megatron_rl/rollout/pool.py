@@ -239,7 +239,8 @@ class Pool:
         last = loop.time()
         while True:
             await asyncio.sleep(GLANCE)
-            if any(self.fleet.at_work()) or self.fleet.updating or self.fleet.starting:
+            fleet = self.fleet
+            if any(fleet.at_work()) or fleet.updating or fleet.starting or fleet.asleep:
                 last = loop.time()
             elif loop.time() - last > self._settings.outage_seconds:
                 told = f"No server has worked for {self._settings.outage_seconds:.0f} s (servers.outage_seconds):\n"

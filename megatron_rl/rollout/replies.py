@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 type Finish = Literal["stop", "length", "abort"]
+type State = Literal["whole", "unfinished", "asleep", "unsettled"]  # of a server's weights and memory
 type Routing = NDArray[np.uint8] | NDArray[np.uint16]  # [positions, layers, chosen], experts by number
+
+# Versions that are no version of a run: what others say of a server's weights, for whoever comes after them.
+UNFINISHED = "-1"  # an update is under way, or was
+ASLEEP = "asleep"  # all memory has been given back
+UNSETTLED = "unsettled"  # memory is being given back or taken, or was when somebody died over it
+STATES: Mapping[str, State] = {UNFINISHED: "unfinished", ASLEEP: "asleep", UNSETTLED: "unsettled"}
 
 ROUNDING = 1e-3  # how far above 0 a log-probability may come out
 
@@ -68,6 +75,7 @@ class ModelInfo:
 
     path: str
     version: int | None  # of the weights
+    state: State
     family: str | None  # model_type of its config.json
     architectures: tuple[str, ...]
 
@@ -79,6 +87,7 @@ class ServerInfo:
     sglang: str
     model: str
     version: int | None  # of the weights
+    state: State
     longest_input: int  # tokens of the longest prompt it takes
     pool_tokens: int  # tokens of all requests together whose keys and values it holds
     max_requests: int  # requests that it runs at once
@@ -86,6 +95,7 @@ class ServerInfo:
     returns_routing: bool
     deterministic: bool  # whether it heeds sampling seeds
     prefix_cache: bool
+    sleeps: bool  # whether it gives memory back when it is told to; on a CPU there is none to give, and it says that it did
 
 
 class StreamReader:
@@ -218,6 +228,7 @@ def read_model_info(reply: Mapping[str, Any]) -> ModelInfo:
     return ModelInfo(
         path=member(reply, "model_path", str),
         version=version_number(member(reply, "weight_version", str)),
+        state=_state(reply),
         family=family if isinstance(family, str) else None,
         architectures=tuple(map(str, architectures)),
     )
@@ -231,6 +242,7 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
         sglang=member(reply, "version", str),
         model=member(reply, "model_path", str),
         version=version_number(member(reply, "weight_version", str)),
+        state=_state(reply),
         longest_input=member(reply, "max_req_input_len", int),
         pool_tokens=member(reply, "max_total_num_tokens", int) * len(states),
         max_requests=member(states[0], "effective_max_running_requests_per_dp", int) * len(states),
@@ -238,6 +250,7 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
         returns_routing=member(reply, "enable_return_routed_experts", bool),
         deterministic=member(reply, "enable_deterministic_inference", bool),
         prefix_cache=not member(reply, "disable_radix_cache", bool),
+        sleeps=member(reply, "enable_memory_saver", bool) or member(reply, "device", str) == "cpu",
     )
 
 
@@ -268,6 +281,10 @@ def member[T](reply: Mapping[str, Any], name: str, kind: type[T]) -> T:
 def version_number(text: str) -> int | None:
     """Our versions are numbers; a server that was never updated may call its weights anything."""
     return int(text) if text.isdecimal() else None
+
+
+def _state(reply: Mapping[str, Any]) -> State:
+    return STATES.get(member(reply, "weight_version", str), "whole")
 
 
 def _finish(told: Mapping[str, Any]) -> Finish | None:

@@ -68,6 +68,7 @@ class ServerOptions:
     api_key: str | None = field(default=None, repr=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: tuple[int | str, ...] | None = None  # the GPUs that this server sees; None: those that this process sees
+    ranks: tuple[int, ...] = ()  # of the trainer, whose GPUs these are too, in the same order
     threads: int | None = None  # on a CPU; None: all cores of this process
     start_seconds: float = 1800.0  # weights of hundreds of gigabytes take their time
 
@@ -271,6 +272,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
         environment.setdefault("PYTHONPYCACHEPREFIX", str(cache / "megatron-rl" / "bytecode"))
     if options.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
+    if options.ranks:  # it takes GPUs for taken by mistake when a trainer's ranks have left it more of one than of another
+        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
     if options.on_cpu:
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["OMP_NUM_THREADS"] = str(options.threads or len(os.sched_getaffinity(0)))

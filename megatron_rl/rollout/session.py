@@ -109,7 +109,7 @@ async def open_session(
     strategy = make_strategy(settings.sampling, chat)
     limits = make_limits(settings)
     require_columns(components, prompts)
-    demands = Demands.of(model, routing=settings.keeps_routing, longest=limits.total)
+    demands = Demands.of(model, routing=settings.keeps_routing, longest=limits.total, sleeps=settings.servers.colocated)
     pool = Pool(settings.servers, demands, api_key=api_key, version=version, decode=tokenizer.decode)
     with Bank(settings.bank_directory, settings.bank, tokenizer=tokenizer.path) as bank:
         async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:

@@ -2,6 +2,8 @@
 
     for each step:  collect → learn → publish → evaluate → tell → save
 
+Servers that share our GPUs sleep from collect to publish, which wakes them: they are awake whenever they are asked anything.
+
 Every rank runs it. Servers sample for the main rank, in a thread beside it (`sampling`); what is sampled goes through the
 bank on disk, from which every rank reads its own rows. Killed at any moment, a run goes on from its last checkpoint: steps
 that the bank holds already are learned from again, bit for bit, and only what is missing is sampled.
@@ -58,15 +60,17 @@ class Trainer:
 
     def run(self) -> RunState:
         """Until all steps are done, or the run is told to stop; either way everything is saved."""
-        first = self.state.step == 0
-        if not self.source.has(self.state.step) or (first and self.evaluations is not None):
+        due = self.evaluations is not None and self.state.step == 0
+        if due or not self.source.has(self.state.step):
             self._publish()
-        if first:
+        if due:
             self._evaluate()
         while self.state.step < self.settings.run.steps:
             arrived = self._collect()
             if arrived is None:
                 break
+            if self.settings.servers.colocated:
+                self._let_sleep()
             self._take(arrived)
             if self.policy.layout.agree(self.stopper.asked):
                 break
@@ -93,6 +97,11 @@ class Trainer:
     def _collect(self) -> Arrived | None:
         with self._clock.phase("wait"):
             return self.source.collect(self.state.step)
+
+    def _let_sleep(self) -> None:
+        """The servers' turn with the GPUs is over."""
+        with self._clock.phase("sleep"):
+            self.source.sleep()
 
     def _traces(self, step: int) -> int | None:
         """Groups to be traced after this step; None when it is not looked at."""

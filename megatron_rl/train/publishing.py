@@ -11,7 +11,7 @@ import numpy as np
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
 from megatron_rl.rollout.fleet import UpdateFailed
-from megatron_rl.rollout.health import Healthy, Outdated, Suspect
+from megatron_rl.rollout.health import Asleep, Healthy, Outdated, Suspect
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
@@ -63,6 +63,7 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
         machines=-(-layout.world_size // layout.launch.local_world_size),
         quantizer=fp8_quantizer(weight_map, quantization),
         longest=settings.batch.max_sequence or settings.batch.max_tokens,
+        colocated=settings.servers.colocated,
     )
 
 
@@ -92,8 +93,8 @@ async def publish_to_pool(
         with suppress(UpdateFailed):  # the report tells of it
             await wait(paused.__aexit__(None, None, None))
 
-    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated)]
-    targets = [Target(worker.url, anew=worker.torn) for worker in present]
+    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated | Asleep)]
+    targets = [Target(worker.url, worker.server.options.ranks if worker.server else (), anew=worker.torn) for worker in present]
     report = await publisher.publish(version, targets, tell, halt)
     if not report.serving:
         told = "".join(f"\n  {failure}" for failure in report.failures)

@@ -13,7 +13,7 @@ from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.state import load_policy
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
 from megatron_rl.train.folder import begin, require_fresh, tidy
@@ -46,11 +46,12 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
+    samples = launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps
+    colocated = settings.servers.colocated
+    if samples and colocated:
+        require_ranks(own_servers(settings), launch.local_world_size)
     with Stopper(settings.checkpoint.grace_seconds) as stopper, ExitStack() as stack:
-        thread = None
-        if launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps:
-            thread = SamplingThread(lambda: _session(settings, state))
-            stack.callback(thread.close)
+        thread = _sampling(settings, state, stack) if samples and not colocated else None
         policy = Policy.open(settings, launch)
         stack.callback(policy.close)
         checkpoint, state = policy.layout.from_main((checkpoint, state))
@@ -61,6 +62,8 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
             if policy.layout.is_main:
                 tidy(settings)  # it may have been killed in its last moment
             return state
+        if samples and colocated:  # servers take of the GPUs what the policy has left them
+            thread = _sampling(settings, state, stack)
         opened = _source(settings, policy, stopper, thread)
         if opened is None:
             return state
@@ -95,6 +98,13 @@ def _source(
     if not rollouts.open():
         return None
     return rollouts, HeldOut(settings, policy, rollouts) if settings.evaluation.every else None
+
+
+def _sampling(settings: Settings, state: RunState, stack: ExitStack) -> SamplingThread:
+    """Begun on the main rank; what it starts ends with the run."""
+    thread = SamplingThread(lambda: _session(settings, state))
+    stack.callback(thread.close)
+    return thread
 
 
 def _session(settings: Settings, state: RunState) -> AbstractAsyncContextManager[Session]:

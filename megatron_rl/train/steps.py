@@ -58,6 +58,10 @@ class Source(Protocol):
         """Is the step sealed already, so that no server is needed for it?"""
         ...
 
+    def sleep(self) -> None:
+        """Servers that share the policy's GPUs give their memory back, until weights are published to them."""
+        ...
+
     def publish(self, version: int) -> dict[str, float]:
         """Bring the policy's weights to whoever samples."""
         ...
@@ -88,6 +92,9 @@ class Replay:
     def has(self, step: int) -> bool:
         return True
 
+    def sleep(self) -> None:
+        return
+
     def publish(self, version: int) -> dict[str, float]:
         return {}
 
@@ -113,7 +120,8 @@ class Rollouts:
 
     def __init__(self, settings: Settings, policy: Policy, stopper: Stopper, thread: SamplingThread | None) -> None:
         """`thread` on the main rank alone."""
-        self._layout, self._stopper, self._thread = policy.layout, stopper, thread
+        self._policy, self._layout, self._stopper, self._thread = policy, policy.layout, stopper, thread
+        self._colocated = settings.servers.colocated
         self._folder = Folder(settings.bank_directory)
         key = read_api_key(settings.servers)
         own = own_servers(settings)
@@ -141,9 +149,21 @@ class Rollouts:
         found: bool = self._layout.from_main(step in self._folder.sealed())
         return found
 
+    def sleep(self) -> None:
+        """The policy takes the memory when all servers have given theirs. Seconds, so that a signal to stop can wait."""
+
+        async def asleep(session: Session) -> bool:
+            await session.pool.fleet.lie_down()
+            return True
+
+        self._attend(lambda: self._thread.submit(asleep) if self._thread else None, whole=True)
+        self._policy.take_room()
+
     def publish(self, version: int) -> dict[str, float]:
         """Weights that no server takes, since all are dead or ill, wait until one is back (`_attend`)."""
         self._version = version
+        if self._colocated:
+            self._policy.make_room()
         pool = self._thread.session.pool if self._thread is not None else None
         on_pool = self._thread.wait if self._thread is not None else None
         report = asyncio.run(publish_to_pool(self._publisher, version, pool, on_pool=on_pool))
@@ -168,10 +188,11 @@ class Rollouts:
         """What the main rank's session makes of the work, on every rank; None when the run is told to stop meanwhile."""
         return self._attend(lambda: self._thread.submit(work) if self._thread else None)
 
-    def _attend[T](self, begin: Callable[[], Future[T] | None]) -> T | None:
+    def _attend[T](self, begin: Callable[[], Future[T] | None], *, whole: bool = False) -> T | None:
         """All ranks wait together, and hear now and then that there is still something to wait for.
 
-        A single long wait would run into the time-outs of process groups, and no rank could tell the others of a signal.
+        What is begun `whole` is seen through, also when the run is told to stop, and nobody is published to meanwhile. A single
+        long wait would run into the time-outs of process groups, and no rank could tell the others of a signal.
         """
         future = begin()
         while True:
@@ -183,6 +204,8 @@ class Rollouts:
                 raise SamplingFailed(f"{word.failure}\nWhat is finished is in the bank; go on with --resume.") from error
             if word.done:
                 return word.value
+            if whole:
+                continue
             if self._layout.agree(self._stopper.asked):
                 if future is not None:
                     future.cancel()

@@ -324,6 +324,30 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "servers.count=0",
         "servers.count = 0 without servers.urls", "at least 1",
     ),
+    "colocated and ahead": (
+        "dense", 1, "servers.placement=colocated sampling.ahead=1",
+        "sampling.ahead = 1 with servers.placement = colocated: servers sleep", "sampling.ahead=0",
+    ),
+    "colocated and partial": (
+        "dense", 1, "servers.placement=colocated sampling.partial=true",
+        "sampling.partial = true with servers.placement = colocated: a server that sleeps", "sampling.partial=false",
+    ),
+    "colocated with requests that stay": (
+        "dense", 1, "servers.placement=colocated servers.update=retract",
+        "servers.update = retract with servers.placement = colocated", "servers.update=abort",
+    ),
+    "colocated behind a router": (
+        "dense", 1, "servers.placement=colocated servers.router=http://127.0.0.1:9",
+        "servers.router = http://127.0.0.1:9 with servers.placement = colocated", "Remove servers.router",
+    ),
+    "colocated and unable to sleep": (
+        "dense", 1, "servers.placement=colocated sglang.enable-memory-saver=false",
+        "sglang.enable_memory_saver = false with servers.placement = colocated", "Remove it",
+    ),
+    "colocated and cut into stages": (
+        "dense", 1, "servers.placement=colocated sglang.pipeline_parallel_size=2",
+        "sglang.pp_size = 2 with servers.placement = colocated", "Set sglang.pp_size=1",
+    ),
     "open servers without a key": (
         "dense", 1, "servers.host=0.0.0.0",
         "servers.host = 0.0.0.0 without servers.api_key_file", "servers.host=127.0.0.1",

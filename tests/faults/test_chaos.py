@@ -24,8 +24,9 @@ from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.collector import Collector, Plan
-from megatron_rl.rollout.health import Quarantined
+from megatron_rl.rollout.health import Dead, Quarantined
 from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.replies import Span
 from megatron_rl.rollout.server import Server
 from megatron_rl.rollout.session import Kept
 from megatron_rl.rollout.strategies.base import Floor, Limits
@@ -98,6 +99,32 @@ async def strike(how: str, pool: Pool, proxy: Proxy, own: Worker) -> None:
             proxy.fault = "none"
 
 
+async def nights(pool: Pool, proxy: Proxy, own: Worker) -> None:
+    """All servers sleep, as beside a trainer on the same GPUs. One that dies asleep is not started before the others wake."""
+    other = pool.fleet.workers[proxy.url]
+    proxy.fault = "none"
+    await until(lambda: own.works and other.works)
+    await pool.fleet.lie_down()
+    assert own.client.asleep == other.client.asleep == {"weights", "kv_cache", "cuda_graph"}
+    async with pool.fleet.paused(1) as update:
+        # Ours ends with us. Of another nobody may find weights without a cache, so that it has woken whole.
+        assert own.client.asleep == {"kv_cache", "cuda_graph"} and not other.client.asleep
+        await asyncio.gather(*(client.set_version(1) for client in update.clients))
+    assert own.works and other.works and not own.client.asleep
+    assert (await own.client.generate([1, 2, 3], Sampling(2, ignore_end=True))).spans == (Span(1, 2),)
+
+    await pool.fleet.lie_down()
+    own.restarts = 0
+    os.killpg(server_session(own.server), signal.SIGKILL)
+    await until(lambda: isinstance(own.health, Dead))
+    await asyncio.sleep(2.0)  # it would be started again after one
+    assert isinstance(own.health, Dead) and own.restarts == 0
+    assert await pool.fleet.update(2, lambda client: client.set_version(2)) == {}
+    await until(lambda: own.restarts == 1)
+    assert other.works
+    await other.client.set_version(0)
+
+
 async def sample_all(shared: TinyServer, folder: Path) -> int:
     """Sample every step into the bank, and strike in each; returns how often the own server was started again."""
     settings = ServerSettings(
@@ -133,7 +160,9 @@ async def sample_all(shared: TinyServer, folder: Path) -> int:
         # Started again it says that it has version 0, and has lost what it was brought as such.
         assert loaded[own.url] >= 2
         assert all(worker.desk.requests == 0 and not worker.attempts for worker in pool.fleet.workers.values())
-        return own.restarts
+        restarts = own.restarts
+        await nights(pool, proxy, own)
+        return restarts
 
 
 def test_every_group_is_finished_exactly_once(tiny_server: TinyServer, tmp_path: Path) -> None:

@@ -181,8 +181,8 @@ def test_what_would_kill_a_server_does_not(tiny_server: TinyServer) -> None:
         for prompt in ([], [VOCABULARY], [-1]):
             with pytest.raises(ValueError, match="token"):
                 await client.generate(prompt, LONG)
-        with pytest.raises(ValueError, match="released no memory"):
-            await client.resume_memory()
+        with pytest.raises(ValueError, match="has not given back any memory"):
+            await client.wake()
         with pytest.raises(ValueError, match="not joined"):
             await client.update_from_distributed(["a"], ["float32"], [[1]], "nobody", version=1)
 
@@ -202,12 +202,15 @@ def test_what_would_kill_a_server_does_not(tiny_server: TinyServer) -> None:
         await client.pause("retract")
         await client.update_from_disk(str(tiny_server.model), version=0)  # with a request in the queue
         await client.resume()
-        await client.release_memory()  # with a request running
+        await client.sleep()  # with a request running
         assert (await running).finish == "abort"
         with pytest.raises(ValueError, match="already"):
-            await client.release_memory()
-        await client.resume_memory()
+            await client.sleep()
+        with pytest.raises(ValueError, match="it has given back cuda_graph, kv_cache, weights"):
+            await client.resume()
+        await client.wake()
         await client.resume()
+        await client.set_version(0)
         assert await client.healthy()
         assert len((await client.generate(PROMPT, Sampling(3, ignore_end=True))).tokens) == 3
 

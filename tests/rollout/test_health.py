@@ -9,6 +9,7 @@ from megatron_rl.rollout import health
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.health import (
     WAYS,
+    Asleep,
     Dead,
     Health,
     Healthy,
@@ -30,6 +31,7 @@ STATES: tuple[Health, ...] = (
     Quarantined("why"),
     Outdated("why"),
     Paused(),
+    Asleep(),
     Dead("why"),
     Left(),
 )
@@ -53,6 +55,7 @@ def test_what_is_only_reached_on_purpose() -> None:
     """Work is given to none but those found well; nobody comes to life again but by a start."""
     assert {state for state, ways in WAYS.items() if Healthy in ways} == {Starting, Suspect, Quarantined, Outdated, Paused}
     assert WAYS[Dead] == (Starting, Left)
+    assert Healthy not in WAYS[Asleep] and Suspect not in WAYS[Asleep]
 
 
 def test_changes_are_logged_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -93,8 +96,10 @@ def test_strikes_are_forgiven_by_a_whole_response_and_by_nothing_else() -> None:
 
 
 def test_failures_say_nothing_about_a_server_that_gets_no_work() -> None:
-    for state in (Paused(), Left()):
+    for state in (Paused(), Asleep(), Left()):
         worker = make_worker()
+        if isinstance(state, Asleep):
+            worker.become(Paused())
         worker.become(state)
         worker.request_failed("cut off")
         worker.probe_failed("silent")

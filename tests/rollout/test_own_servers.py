@@ -12,7 +12,7 @@ import pytest
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
 from megatron_rl.rollout.server import Server, ServerOptions, ServerStartError
 from megatron_rl.rollout.serving import serve
 from megatron_rl.rollout.urls_file import announced, read_urls
@@ -68,6 +68,26 @@ def test_gpus_are_dealt_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpus(monkeypatch, "4,5,GPU-a,7", *two_by_two) == [("4", "5"), ("GPU-a", "7")]
     assert on_gpus(monkeypatch, "0", *two_by_two, "servers.gpus=[3,2,1,0]") == [(3, 2), (1, 0)]
     assert on_gpus(monkeypatch, "0,1,2,3", "sglang.tensor_parallel_size=2", "sglang.pp-size=2") == [("0", "1", "2", "3")]
+
+
+def test_servers_on_the_trainers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can sleep, leave the trainer room, and are known by its ranks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    colocated = ["device.kind=cuda", "servers.placement=colocated", "servers.count=2", "sglang.tp_size=2"]
+    first, second = own_servers(settings(*colocated))
+    assert (first.gpus, first.ranks, second.gpus, second.ranks) == (("4", "5"), (0, 1), ("6", "7"), (2, 3))
+    assert first.arguments == {"enable_memory_saver": True, "mem_fraction_static": 0.5, "tp_size": 2}
+    (other,) = own_servers(settings(*colocated[:2], "servers.gpus=[7]", "sglang.mem_fraction_static=0.2"))
+    assert (other.ranks, other.arguments["mem_fraction_static"]) == ((3,), 0.2)
+    require_ranks([first, second, other], 4)
+    with pytest.raises(SettingsError, match="a server uses GPU 6, 7, and none of the 2 ranks here does"):
+        require_ranks([first, second], 2)
+    with pytest.raises(SettingsError, match=r"GPU 1 is not among those of the trainer .*4,5,6,7"):
+        own_servers(settings(*colocated[:2], "servers.gpus=[1]"))
+    (apart,) = own_servers(settings("device.kind=cuda", "servers.gpus=[1]"))
+    assert (apart.ranks, apart.arguments) == ((), {})
+    (on_cpu,) = own_servers(settings("servers.placement=colocated"))
+    assert (on_cpu.ranks, on_cpu.arguments) == ((), {})
 
 
 @pytest.mark.parametrize("overrides", [["servers.count=3"], ["sglang.tp_size=4"], ["servers.count=2", "servers.gpus=[1,1]"]])

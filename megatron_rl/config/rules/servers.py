@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from megatron_rl.config.rules.case import Case, Rule, problem
+from megatron_rl.config.rules.placement import placement_problems
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.sglang_arguments import check_arguments
 
@@ -15,6 +16,7 @@ def server_problems(settings: Settings) -> Iterator[str]:
     yield from _somebody_samples(settings)
     yield from _servers_off_this_machine_have_a_key(settings)
     yield from _a_router_passes_everything_on(settings)
+    yield from placement_problems(settings)
 
 
 def servers_can_work(case: Case) -> Iterator[str]:

@@ -83,8 +83,10 @@ class Publisher:
         machines: int = 1,
         quantizer: Quantizer | None = None,
         longest: int = PROBE_TOKENS,
+        colocated: bool = False,
     ) -> None:
-        """`longest` is how many tokens the policy takes, for probes whose length nobody chose."""
+        """`longest` is how many tokens the policy takes, for probes whose length nobody chose. `colocated`: servers use the
+        ranks' GPUs, whether or not it is known which of them."""
         self.weights = weights
         self.settings = settings
         self.connect = connect
@@ -93,6 +95,7 @@ class Publisher:
         self.pause = pause  # what becomes of requests meanwhile
         self.seconds = seconds  # that a server may take for a bucket, or a folder
         self.machines = machines  # that the ranks are spread over
+        self.colocated = colocated
         dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
         self.wire = Wire(weights.weight_map, dtype, quantizer)
         self.version: int | None = None  # of the last publish
@@ -138,7 +141,7 @@ class Publisher:
         }
         way = None
         if due:
-            way = choose_way(self.settings, self._cuda, here, [look.target for look in due])
+            way = choose_way(self.settings, self._cuda, here, [look.target for look in due], self.colocated)
             shipment = Shipment(version, way, due, self._owners(way, due), crew)
             async with AsyncExitStack() as stack:
                 gate: Gate = OwnGate(version)
@@ -364,17 +367,25 @@ async def _look_at(target: Target, servers: Connections) -> Look:
     return Look(target, facts.version, facts.tensor_parallel)
 
 
-def choose_way(settings: PublishSettings, cuda: bool, here: bool, targets: Sequence[Target]) -> Way:
+def choose_way(settings: PublishSettings, cuda: bool, here: bool, targets: Sequence[Target], colocated: bool = False) -> Way:
     """How weights travel. On GPUs by shared memory where servers sit on the ranks' own GPUs, else by NCCL; on CPUs as files in
-    memory where everybody is on one machine, else by gloo: each the fastest of what is possible there."""
-    colocated = all(target.colocated for target in targets)
-    if settings.transport == "tensor" and cuda and not colocated:
+    memory where everybody is on one machine, else by gloo: each the fastest of what is possible there. NCCL connects no two
+    processes on one GPU: servers that share the ranks' GPUs, nobody knows which, load files."""
+    known = all(target.colocated for target in targets)
+    if settings.transport == "tensor" and cuda and not known:
         raise SettingsError(
             "publish.transport = tensor on GPUs: servers that do not share the ranks' GPUs cannot see their memory. "
-            "Use publish.transport=broadcast."
+            f"Use publish.transport={'disk' if colocated else 'broadcast'}."
+        )
+    if settings.transport == "broadcast" and cuda and colocated:
+        raise SettingsError(
+            "publish.transport = broadcast with servers.placement = colocated: NCCL connects no two processes on one GPU. "
+            "Use publish.transport=auto."
         )
     if settings.transport != "auto":
         return settings.transport
-    if cuda:
-        return "tensor" if colocated else "broadcast"
-    return "disk" if here or settings.folder is not None else "broadcast"
+    if cuda and known:
+        return "tensor"
+    if cuda and not colocated:
+        return "broadcast"
+    return "disk" if cuda or here or settings.folder is not None else "broadcast"

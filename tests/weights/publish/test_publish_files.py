@@ -66,6 +66,12 @@ def test_the_way_is_the_fastest_that_there_is() -> None:
     assert choose_way(PublishSettings(folder=Path("/shared")), cuda=False, here=False, targets=apart) == "disk"
     assert choose_way(auto, cuda=True, here=True, targets=apart) == "broadcast"
     assert choose_way(auto, cuda=True, here=True, targets=together) == "tensor"
+    # NCCL connects no two processes on one GPU.
+    assert choose_way(auto, cuda=True, here=True, targets=together, colocated=True) == "tensor"
+    assert choose_way(auto, cuda=True, here=True, targets=[*apart, *together], colocated=True) == "disk"
+    assert choose_way(auto, cuda=False, here=False, targets=apart, colocated=True) == "broadcast"
+    with pytest.raises(SettingsError, match=r"publish\.transport=auto"):
+        choose_way(PublishSettings(transport="broadcast"), cuda=True, here=True, targets=apart, colocated=True)
     assert choose_way(PublishSettings(transport="tensor"), cuda=False, here=False, targets=apart) == "tensor"
     with pytest.raises(SettingsError, match=r"publish\.transport=broadcast"):
         choose_way(PublishSettings(transport="tensor"), cuda=True, here=True, targets=[*apart, *together])
