@@ -31,7 +31,7 @@ from megatron_rl.objectives.base import Divisors, Objective, ObjectiveResult, To
 from megatron_rl.policy.batch import PackTensors, local_indices, pack_tensors
 from megatron_rl.policy.head import LogProbHead, Wanted
 from megatron_rl.policy.layout import Launch, Layout
-from megatron_rl.policy.model import Model, build_model
+from megatron_rl.policy.model import Model, bare, build_model
 from megatron_rl.policy.optimizer import Optimizer
 from megatron_rl.policy.pretrained import load_pretrained
 from megatron_rl.policy.reduction import reduce_results
@@ -310,7 +310,7 @@ class Policy:
         if not self.routers.measure_load(self.settings.moe):
             return None
         mask = ~batch.real
-        return mask if chunk.module.pre_process else self.layout.sequence_part(mask, dim=1)
+        return mask if bare(chunk).pre_process else self.layout.sequence_part(mask, dim=1)
 
     def _loss(
         self,

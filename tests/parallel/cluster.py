@@ -1,7 +1,8 @@
 """Real ranks for tests, started once: a few processes that join as many-rank groups as a test asks for.
 
-Starting ranks costs ten seconds and more of imports; a test here costs only its own work. Ranks talk over gloo, as on any
-machine without a GPU. A job is a function of this package that every rank calls with its `Launch`.
+Starting a rank costs ten seconds and more of imports. One process makes them, once, and is forked for each rank, also when a
+test has killed some; so a test here costs only its own work. Ranks talk over gloo, as on any machine without a GPU. A job is a
+function of this package that every rank calls with its `Launch`.
 """
 
 import gc
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS = 4
+IMPORTED = ("megatron_rl.policy.policy", "megatron_rl.policy.state", "megatron_rl.weights.publish.publisher")
 JOB_TIMEOUT = 300  # seconds; a job that hangs in a collective is a failed job
 
 
@@ -107,7 +109,8 @@ class Cluster:
         return [results[rank] for rank in range(world_size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED])
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the children's libraries when they load
         for rank in range(RANKS):

@@ -58,7 +58,7 @@ def test_a_server_left_asleep_is_woken_and_has_no_weights(tiny_server: TinyServe
 
     async def wake(pool: Pool) -> None:
         (worker,) = pool.fleet.workers.values()
-        assert isinstance(worker.health, Outdated) and "half-updated" in worker.health.reason
+        assert isinstance(worker.health, Outdated) and "none of a run's weights" in worker.health.reason
         await pool.fleet.update(0, lambda client: client.update_from_disk(str(tiny_server.model), 0))
         check_against(tiny_server.model, await pool.generate(PROMPT, SHORT, group="g"))
 
