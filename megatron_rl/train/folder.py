@@ -6,7 +6,6 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import dump_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.bank import files
-from megatron_rl.weights.checkpoint_files import remove_halves
 
 SETTINGS = "settings.yaml"
 
@@ -23,15 +22,8 @@ def require_fresh(settings: Settings) -> None:
 
 def begin(settings: Settings) -> None:
     """Note the settings of a run, new or resumed."""
-    tidy(settings)
     settings.run.directory.mkdir(parents=True, exist_ok=True)
     files.write_file(settings.run.directory / SETTINGS, dump_settings(settings).encode())  # a kill leaves no half of them
-
-
-def tidy(settings: Settings) -> None:
-    """Remove checkpoints and exports that a kill has left half-written or half-deleted."""
-    for name in ("checkpoints", "exports"):
-        remove_halves(settings.run.directory / name)
 
 
 def settings_file(folder: Path) -> Path:
