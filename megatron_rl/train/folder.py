@@ -22,17 +22,8 @@ def require_fresh(settings: Settings) -> None:
 
 def begin(settings: Settings) -> None:
     """Note the settings of a run, new or resumed."""
-    tidy(settings)
     settings.run.directory.mkdir(parents=True, exist_ok=True)
     files.write_file(settings.run.directory / SETTINGS, dump_settings(settings).encode())  # a kill leaves no half of them
-
-
-def tidy(settings: Settings) -> None:
-    """Remove checkpoints and exports that a kill has left half-written or half-deleted."""
-    from megatron_rl.weights.checkpoint_files import remove_halves  # torch: seconds that looking at a folder need not take
-
-    for name in ("checkpoints", "exports"):
-        remove_halves(settings.run.directory / name)
 
 
 def settings_file(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import save_policy
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.learner import Learner
-from megatron_rl.train.run_state import CHECKPOINTS, RunState
+from megatron_rl.train.run_state import CHECKPOINTS, EXPORTS, RunState
 from megatron_rl.train.steps import Arrived, Source
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import step_record
@@ -133,7 +133,7 @@ class Trainer:
         step, settings = self.state.step, self.settings.checkpoint
         self._writer.poll()
         if self._exporter and step and (step % settings.export_every == 0 or step == self.settings.run.steps):
-            folder = step_folder(self.settings.run.directory / "exports", step)
+            folder = step_folder(self.settings.run.directory / EXPORTS, step)
             if not self.policy.layout.from_main(folder.exists()):  # before the checkpoint: a run goes on behind that
                 with self._clock.phase("export"):
                     self._exporter.save(folder)

@@ -16,11 +16,11 @@ from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
-from megatron_rl.train.folder import begin, require_fresh, tidy
+from megatron_rl.train.folder import begin, require_fresh
 from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
-from megatron_rl.train.run_state import RunState, newest
+from megatron_rl.train.run_state import RunState, newest, tidy
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.steps import Replay, Rollouts, Source, require_routing
 from megatron_rl.train.stopping import Stopper
@@ -72,6 +72,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         learner.initial_entropy = state.initial_entropy
         told = tuple(observers) if policy.layout.is_main else ()
         if policy.layout.is_main:
+            tidy(settings)
             begin(settings)
         record = run_record(settings, policy)
         for observer in told:

@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.collector import BEGINNING, Position
-from megatron_rl.weights.checkpoint_files import latest_checkpoint
+from megatron_rl.weights.checkpoint_files import latest_checkpoint, remove_halves
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, EXPORTS = "checkpoints", "exports"
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,9 @@ class RunState:
 def newest(settings: Settings) -> Path | None:
     """The checkpoint to continue from; none when the run was killed before its first."""
     return latest_checkpoint(settings.run.directory / CHECKPOINTS)
+
+
+def tidy(settings: Settings) -> None:
+    """Remove checkpoints and exports that a kill has left half-written or half-deleted."""
+    for name in (CHECKPOINTS, EXPORTS):
+        remove_halves(settings.run.directory / name)

@@ -29,6 +29,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.folder import begin
+from megatron_rl.train.run_state import tidy
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import run_record, supervised_record
 from megatron_rl.types import Sequence as TokenSequence
@@ -98,6 +99,7 @@ def main(
 
         def start() -> None:
             if policy.layout.is_main:
+                tidy(settings)
                 begin(settings)
             for observer in told:
                 observer.started(record, done)
