@@ -32,7 +32,7 @@ SEQUENCES = toy_sequences(0, 11, 120, 40)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2, uneven, recomputed": (
         2,
-        {"layout": {"pipeline": 2, "pipeline_layers": [1, 3]}, "recompute": {"mode": "full"}},
+        {"layout": {"pipeline": 2, "pipeline_layers": [3, 1]}, "recompute": {"mode": "full"}},
     ),
     "pipeline 2, virtual 2, experts recomputed": (
         2,
