@@ -49,8 +49,8 @@ def curves(runs: Runs, arm: str, name: str) -> Table:
 
 
 def updates(runs: Runs, arm: str, name: str) -> Table:
-    """[seeds, steps, minibatches] a number of each update."""
-    return np.array([run["updates"][name] for run in seeds(runs, arm)])
+    """[runs, steps, minibatches] a number of each update, of the runs that were looked at."""
+    return np.array([run["updates"][name] for run in seeds(runs, arm) if "updates" in run])
 
 
 def rates(runs: Runs, name: str) -> dict[float, Table]:
@@ -207,9 +207,9 @@ to be replayed, and GSPO does not. `python tools/study_gspo.py` asks what of it 
 
 Runs are real, with a real SGLang server and [`configs/quickstart.yaml`](../configs/quickstart.yaml) on one rank: {steps}
 steps of {groups} groups of {group_size} responses in {minibatches} minibatches, so that three updates of four are
-off-policy, learning rate 3e-4, {seeds} seeds of the order of prompts (what servers draw differs in any case). Every run
-but those with replay was learned from again out of its bank, with the same loss and gradient norm to the last bit, and
-looked at around each update. Means are over steps, minibatches and seeds.
+off-policy, learning rate 3e-4, {seeds} seeds of the order of prompts (what servers draw differs in any case). The first
+seed of every run without replay was learned from again out of its bank, with the same loss and gradient norm to the last
+bit, and looked at around each update: clipping and experts are of these, rewards of all seeds.
 
 ## Clipping
 
@@ -284,6 +284,7 @@ def text() -> str:
     runs, conditions = found["runs"], found["conditions"]
     return PAGE_TEXT.format(
         **conditions,
+        seeds=len(seeds(runs, "gspo")),
         clip=clip_rows(runs),
         rates=rate_rows(runs),
         routing=routing_rows(runs),

@@ -67,6 +67,7 @@ def test_the_study_of_gspo_is_whole_and_its_page_up_to_date() -> None:
     for name, run in study["runs"].items():
         if not name.startswith("rate"):
             assert len(run["reward/mean"]) == study_gspo.STEPS, name
+        assert ("updates" in run) == (name.startswith("rate") or study_gspo.looks(name)), name
         for number, table in run.get("updates", {}).items():
             steps = study_gspo.RATE_STEPS if name.startswith("rate") else study_gspo.STEPS
             assert np.isfinite(table).all() and np.shape(table) == (steps, study_gspo.MINIBATCHES), f"{name}: {number}"
