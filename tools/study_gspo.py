@@ -10,7 +10,7 @@ GPU.
     rate …          the samples of `gspo seed 0` learned from again at other learning rates
 
 The first seed of each run without replay is learned from a second time, out of its bank: the same updates, bit for bit, and
-around each of them a look at its samples: which would GSPO clip at the paper's bounds, which GRPO, and which experts are chosen?
+around each of them a look at its samples. Which would GSPO clip at the paper's bounds, which GRPO? Which experts are chosen?
 
     python tools/study_gspo.py                            what is missing; may be killed and started again at any time
     python tools/study_gspo.py --list                     which runs there are
