@@ -237,7 +237,9 @@ the sequence's ratio), and GRPO at its (0.2/0.27, of the token's).
 {rates}
 
 The samples of the first {rate_steps} steps of `{samples}`, learned from anew at each rate. A spread is the standard
-deviation of the ratio off-policy, from the second minibatch on. {about_rates}
+deviation of the ratio off-policy, from the second minibatch on.
+
+{about_rates}
 
 ## Experts that change
 
@@ -281,19 +283,18 @@ WORDS = {
     "about_clip": """\
 **This shows, and clearly.** Of the very same updates GSPO would drop twenty to forty times as many tokens as GRPO. Both
 shares are larger than the paper's, for the learning rate is hundreds of times larger than those of such models; see
-below. Before a step's first update every ratio is exactly 1, so nothing is clipped there:
-GSPO's share of the other three is about one half.""",
+below. Before a step's first update every ratio is exactly 1, so nothing is clipped there: GSPO's share of the other three
+is about one half.""",
     "about_rates": """\
-Smaller rates soon leave GRPO nothing to clip, while GSPO goes on for two orders of magnitude:
-its band is some 670 times narrower, and ratios of sequences spread only two to three times less than those of tokens.
-Where
-their spread comes to the width of the band, at rates of some 1e-6 as such models have, GSPO's share passes through the
-paper's 0.15, and GRPO's is 0.""",
+Smaller rates soon leave GRPO nothing to clip, while GSPO goes on for two orders of magnitude: its band is some 670 times
+narrower, and ratios of sequences spread only two to three times less than those of tokens. Where their spread comes to
+the width of the band, at rates of some 1e-6 as such models have, GSPO's share passes through the paper's 0.15, and GRPO's
+is 0.""",
     "about_routing": """\
 **This shows in kind and not in size.** One update changes fewer than one choice in two hundred, not one in ten: the toy
 has 2 layers and 8 experts, the paper's model 48 and 128. But what the paper fears is there: a token that got another
-expert in any layer moved about four times as far as the others. (That is no proof of what caused what: where an update changes
-much, it changes choices too.)""",
+expert in any layer moved about four times as far as the others. (That is no proof of what caused what: where an update
+changes much, it changes choices too.)""",
     "about_rewards": """\
 **GSPO against GRPO does not show**, and neither does replay: with and without it both learn, and they differ by less than
 the seeds of one arm do. With fewer than one choice in two hundred to hold there is little that replay could do. What does
@@ -302,12 +303,11 @@ what comes after a step's first update is thrown away, and in every seed the run
 0.03/0.04.""",
     "not_shown": """\
 - **That GRPO fails.** It does not here. The paper's runs have responses of thousands of tokens, and many more updates.
-- **What length does.** Responses have five tokens. That the noise of token ratios adds up over
-  long ones, as the paper argues, cannot be seen.
+- **What length does.** Responses have five tokens. That the noise of token ratios adds up over long ones, as the paper
+  argues, cannot be seen.
 - **Replay of the servers' routing** (`objective.routing_replay=rollout`). Trainer and server both compute in float32
-  here, and what they
-  say of the same tokens differs by a KL of {mismatch}: there is nothing to mend, so no run
-  was spent on it.
+  here, and what they say of the same tokens differs by a KL of {mismatch}: there is nothing to mend, so no run was spent
+  on it.
 - **Small differences.** Three seeds of twenty steps tell a large effect from none, and no more.""",
 }
 
