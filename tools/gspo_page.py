@@ -185,7 +185,7 @@ def _draw_routing(runs: Runs, left: Any, right: Any) -> None:
         same, other = movement(runs, arm, (0, 2))
         right.plot(other, "-", color=COLOURS[arm], label=f"{arm.upper()}: other experts", linewidth=1.6)
         right.plot(same, "--", color=COLOURS[arm], label=f"{arm.upper()}: same experts", linewidth=1.6)
-    right.set(title="movement of a token's log-prob by one update", xlabel="step", ylabel="mean |Δ log p|")
+    right.set(title="movement of log-probs by one update", xlabel="step", ylabel="mean |Δ log p|")
 
 
 def _draw_reward(runs: Runs, left: Any, right: Any) -> None:
@@ -291,10 +291,11 @@ narrower, and ratios of sequences spread only two to three times less than those
 the width of the band, at rates of some 1e-6 as such models have, GSPO's share passes through the paper's 0.15, and GRPO's
 is 0.""",
     "about_routing": """\
-**This shows in kind and not in size.** One update changes fewer than one choice in two hundred, not one in ten: the toy
-has 2 layers and 8 experts, the paper's model 48 and 128. But what the paper fears is there: a token that got another
-expert in any layer moved about four times as far as the others. (That is no proof of what caused what: where an update
-changes much, it changes choices too.)""",
+**This shows weakly.** One update changes fewer than one choice in two hundred, not one in ten: the toy has 2 layers and 8
+experts, the paper's model 48 and 128. On average a token that got another expert in any layer moved about four times as
+far as the others, as the paper fears. But an update has some eighty tokens that count, of which one or two are such; the
+picture shows that a few steps carry that average, and that in most of them such tokens moved no further than others. Nor
+is it proof of what caused what: where an update changes much, it changes choices too.""",
     "about_rewards": """\
 **GSPO against GRPO does not show**, and neither does replay: with and without it both learn, and they differ by less than
 the seeds of one arm do. With fewer than one choice in two hundred to hold there is little that replay could do. What does
