@@ -60,7 +60,8 @@ EXPERTS = (
     Chart("Changed and dropped", "Choices of experts that an update changed, and tokens that found no room, as shares.",
           ("moe/routing_changed", "moe/dropped", "moe/")),
     Chart("Routing replay", "Where routers would choose other experts than they repeat, and where trainer and server differ.",
-          ("replay/differs", "replay/choices_differ", "replay/rollout_differs", "replay/rollout_choices_differ", "replay/missing")),
+          ("replay/differs", "replay/choices_differ", "replay/rollout_differs", "replay/rollout_choices_differ")),
+    Chart("Samples without routing", meaning("replay/missing").text, ("replay/missing",)),
     Chart("Held for replay", meaning("replay/bytes").text, ("replay/bytes",)),
 )  # fmt: skip
 PANELS = {"learning": LEARNING, "mismatch": MISMATCH, "speed": SPEED, "experts": EXPERTS}

@@ -96,6 +96,10 @@ class RoutingReplay:
             yield
         finally:
             self.pack = self.real = None
+        chosen = {layer: layer.chosen for layer in self._layers if layer.chosen is not None}
+        if chosen:  # all layers at once: a GPU is waited for
+            for layer, experts in zip(chosen, self.device.to_host(torch.stack([*chosen.values()])), strict=True):
+                layer.recorded[pack], layer.chosen = experts, None
 
     @property
     def routes(self) -> list[Routes]:
@@ -122,7 +126,8 @@ class _LayerReplay(RouterReplay):
         RouterReplay.global_router_replay_instances.remove(self)
         self.number, self.owner = number, owner
         self.compact = torch.uint8 if experts <= ONE_BYTE else torch.uint16
-        self.recorded: list[Tensor] = []  # [tokens, top-k] of each pack
+        self.chosen: Tensor | None = None  # [tokens, top-k] of the present pack
+        self.recorded: list[Tensor] = []  # of each pack, in host memory
         self.backward: deque[int] = deque()  # packs that went forward, which schedules take back in the same order
 
     def begin(self, packs: int) -> None:
@@ -153,7 +158,7 @@ class _LayerReplay(RouterReplay):
             values, places = super().get_replay_topk(*arguments)
             self.clear_indices()
         if self.owner.record:
-            self.recorded[pack] = self.owner.device.to_host(places.to(self.compact))
+            self.chosen = places.to(self.compact)
         return values, places
 
     def _again(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -234,9 +239,8 @@ def rollout_routes(pack: Pack, layout: Layout, model: Architecture, layers: Sequ
     index = layout.sequence_part(torch.from_numpy(local_indices(pack, layout))).numpy()
     own, own_known = whole[index], known[index]  # [tokens, layers, top-k] and [tokens] that this rank's routers see
     _refuse_doubles(own[own_known], layers)
-    to_host = layout.device.to_host
-    experts = {layer: to_host(torch.from_numpy(own[:, place].copy())) for place, layer in enumerate(layers)}
-    return Routes(experts, to_host(torch.from_numpy(own_known)))
+    by_layer = layout.device.to_host(torch.from_numpy(own.swapaxes(0, 1).copy()))  # [layers, tokens, top-k]
+    return Routes(dict(zip(layers, by_layer, strict=True)), layout.device.to_host(torch.from_numpy(own_known)))
 
 
 def _refuse_other_models(routing: NDArray[Any], model: Architecture) -> None:

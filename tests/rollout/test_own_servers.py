@@ -48,6 +48,9 @@ def test_several_servers_share_nothing() -> None:
     [
         (["servers.model=org/name"], "org/name", {}),
         (["sglang.tp_size=2"], "/models/base", {"tp_size": 2}),
+        (["sampling.routing=true"], "/models/base", {"enable_return_routed_experts": True}),
+        (["objective.routing_replay=rollout"], "/models/base", {"enable_return_routed_experts": True}),
+        (["objective.routing_replay=policy"], "/models/base", {}),
         (["policy.init=random", "policy.config=/models/x/config.json"], "/models/x", {"load_format": "dummy"}),
         (["policy.init=random", "policy.config=/models/x"], "/models/x", {"load_format": "dummy"}),
         (["policy.init=random", "policy.config=/models/x", "servers.model=m"], "m", {}),
