@@ -49,8 +49,8 @@ def curves(runs: Runs, arm: str, name: str) -> Table:
 
 
 def updates(runs: Runs, arm: str, name: str) -> Table:
-    """[seeds, steps, minibatches] a number of each update."""
-    return np.array([run["updates"][name] for run in seeds(runs, arm)])
+    """[runs, steps, minibatches] a number of each update, of the runs that were looked at."""
+    return np.array([run["updates"][name] for run in seeds(runs, arm) if "updates" in run])
 
 
 def rates(runs: Runs, name: str) -> dict[float, Table]:
@@ -59,6 +59,14 @@ def rates(runs: Runs, name: str) -> dict[float, Table]:
     steps = min(len(table) for table in other.values())
     found = {**{rate: table[:steps] for rate, table in other.items()}, RATE: updates(runs, "gspo", name)[0, :steps]}
     return dict(sorted(found.items(), reverse=True))
+
+
+def movement(runs: Runs, arm: str, over: tuple[int, ...]) -> tuple[Table, Table]:
+    """How far log-probs of tokens moved that kept their experts, and of those that got others: means over tokens."""
+    others = updates(runs, arm, "tokens_changed")
+    kept, changed = updates(runs, arm, "moved_same"), updates(runs, arm, "moved_changed")
+    weight = np.maximum(others.sum(over), 1e-12)
+    return (kept * (1 - others)).sum(over) / (1 - others).sum(over), (changed * others).sum(over) / weight
 
 
 # -- numbers in words ------------------------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ def rate_rows(runs: Runs) -> str:
     gspo, grpo = rates(runs, "gspo_clipped"), rates(runs, "grpo_clipped")
     sequences, tokens = rates(runs, "gspo_ratio_std"), rates(runs, "grpo_ratio_std")
     return "\n".join(
-        f"| {rate:g} | {share(gspo[rate].mean())} | {share(grpo[rate].mean())} | {sequences[rate][:, 1:].mean():.1e} | "
+        f"| {rate:.0e} | {share(gspo[rate].mean())} | {share(grpo[rate].mean())} | {sequences[rate][:, 1:].mean():.1e} | "
         f"{tokens[rate][:, 1:].mean():.1e} |"
         for rate in gspo
     )
@@ -101,8 +109,8 @@ def routing_rows(runs: Runs) -> str:
     for arm in LOOKED_AT:
         choices, tokens = updates(runs, arm, "choices_changed"), updates(runs, arm, "tokens_changed")
         step = curves(runs, arm, "moe/routing_changed")
-        same, other = updates(runs, arm, "moved_same").mean(), updates(runs, arm, "moved_changed").mean()
-        moved = f"{same:.4f} | {other:.4f}"
+        same, other = (float(moves) for moves in movement(runs, arm, (0, 1, 2)))
+        moved = f"{same:.3f} | {other:.3f}"
         rows.append(f"| {NAMES[arm]} | {choices.mean():.2%} | {tokens.mean():.2%} | {step.mean():.2%} | {moved} |")
     return "\n".join(rows)
 
@@ -174,10 +182,10 @@ def _draw_routing(runs: Runs, left: Any, right: Any) -> None:
         left.plot(whole, ":", color=COLOURS[arm], label="a step's four updates", linewidth=1.2)
     left.set(title="choices of experts that changed", xlabel="step", ylabel="%")
     for arm in ("gspo", "grpo"):
-        for name, dashes, label in (("moved_changed", "-", "other experts"), ("moved_same", "--", "same experts")):
-            by_step = updates(runs, arm, name).mean((0, 2))
-            right.plot(by_step, dashes, color=COLOURS[arm], label=f"{arm.upper()}: {label}", linewidth=1.6)
-    right.set(title="movement of a token's log-prob by one update", xlabel="step", ylabel="mean |Δ log p|")
+        same, other = movement(runs, arm, (0, 2))
+        right.plot(other, "-", color=COLOURS[arm], label=f"{arm.upper()}: other experts", linewidth=1.6)
+        right.plot(same, "--", color=COLOURS[arm], label=f"{arm.upper()}: same experts", linewidth=1.6)
+    right.set(title="movement of log-probs by one update", xlabel="step", ylabel="mean |Δ log p|")
 
 
 def _draw_reward(runs: Runs, left: Any, right: Any) -> None:
@@ -207,9 +215,9 @@ to be replayed, and GSPO does not. `python tools/study_gspo.py` asks what of it 
 
 Runs are real, with a real SGLang server and [`configs/quickstart.yaml`](../configs/quickstart.yaml) on one rank: {steps}
 steps of {groups} groups of {group_size} responses in {minibatches} minibatches, so that three updates of four are
-off-policy, learning rate 3e-4, {seeds} seeds of the order of prompts (what servers draw differs in any case). Every run
-but those with replay was learned from again out of its bank, with the same loss and gradient norm to the last bit, and
-looked at around each update. Means are over steps, minibatches and seeds.
+off-policy, learning rate 3e-4, {seeds} seeds of the order of prompts (what servers draw differs in any case). The first
+seed of every run without replay was learned from again out of its bank, with the same loss and gradient norm to the last
+bit, and looked at around each update: clipping and experts are of these, rewards of all seeds.
 
 ## Clipping
 
@@ -229,7 +237,9 @@ the sequence's ratio), and GRPO at its (0.2/0.27, of the token's).
 {rates}
 
 The samples of the first {rate_steps} steps of `{samples}`, learned from anew at each rate. A spread is the standard
-deviation of the ratio off-policy, from the second minibatch on. {about_rates}
+deviation of the ratio off-policy, from the second minibatch on.
+
+{about_rates}
 
 ## Experts that change
 
@@ -270,11 +280,36 @@ routers would have made otherwise in updates, had they been let.
 """
 # Said by people who looked at the numbers that are committed.
 WORDS = {
-    "about_clip": "",
-    "about_rates": "",
-    "about_routing": "",
-    "about_rewards": "",
-    "not_shown": "",
+    "about_clip": """\
+**This shows, and clearly.** Of the very same updates GSPO would drop twenty to forty times as many tokens as GRPO. Both
+shares are larger than the paper's, for the learning rate is hundreds of times larger than those of such models; see
+below. Before a step's first update every ratio is exactly 1, so nothing is clipped there: GSPO's share of the other three
+is about one half.""",
+    "about_rates": """\
+Smaller rates soon leave GRPO nothing to clip, while GSPO goes on for two orders of magnitude: its band is some 670 times
+narrower, and ratios of sequences spread only two to three times less than those of tokens. Where their spread comes to
+the width of the band, at rates of some 1e-6 as such models have, GSPO's share passes through the paper's 0.15, and GRPO's
+is 0.""",
+    "about_routing": """\
+**This shows weakly.** One update changes fewer than one choice in two hundred, not one in ten: the toy has 2 layers and 8
+experts, the paper's model 48 and 128. On average a token that got another expert in any layer moved about four times as
+far as the others, as the paper fears. But an update has some eighty tokens that count, of which one or two are such; the
+picture shows that a few steps carry that average, and that in most of them such tokens moved no further than others. Nor
+is it proof of what caused what: where an update changes much, it changes choices too.""",
+    "about_rewards": """\
+**GSPO against GRPO does not show**, and neither does replay: with and without it both learn, and they differ by less than
+the seeds of one arm do. With fewer than one choice in two hundred to hold there is little that replay could do. What does
+show is the price of bounds that do not fit: with the paper's, in these runs of large rate and short responses, half of
+what comes after a step's first update is thrown away, and in every seed the run earned less than with bounds of
+0.03/0.04.""",
+    "not_shown": """\
+- **That GRPO fails.** It does not here. The paper's runs have responses of thousands of tokens, and many more updates.
+- **What length does.** Responses have five tokens. That the noise of token ratios adds up over long ones, as the paper
+  argues, cannot be seen.
+- **Replay of the servers' routing** (`objective.routing_replay=rollout`). Trainer and server both compute in float32
+  here, and what they say of the same tokens differs by a KL of {mismatch}: there is nothing to mend, so no run was spent
+  on it.
+- **Small differences.** Three seeds of twenty steps tell a large effect from none, and no more.""",
 }
 
 
@@ -282,15 +317,17 @@ def text() -> str:
     """The page."""
     found = read()
     runs, conditions = found["runs"], found["conditions"]
+    mismatch = np.mean([run["mismatch_k3"] for run in runs.values() if "mismatch_k3" in run])
     return PAGE_TEXT.format(
         **conditions,
+        seeds=len(seeds(runs, "gspo")),
         clip=clip_rows(runs),
         rates=rate_rows(runs),
         routing=routing_rows(runs),
         rewards=reward_rows(runs),
         rate_steps=len(next(iter(rates(runs, "gspo_clipped").values()))),
         samples="gspo seed 0",
-        **WORDS,
+        **{name: words.replace("{mismatch}", f"{mismatch:.0e}") for name, words in WORDS.items()},
     )
 
 

@@ -9,8 +9,8 @@ GPU.
     …-replay        the same, the experts of the pass that scored `old` replayed in updates (objective.routing_replay=policy)
     rate …          the samples of `gspo seed 0` learned from again at other learning rates
 
-Each run without replay is learned from a second time, out of its bank: the same updates, bit for bit, and before and after
-each of them a look at its samples. Which would GSPO clip at the paper's bounds, and which GRPO? Which experts are chosen?
+The first seed of each run without replay is learned from a second time, out of its bank: the same updates, bit for bit, and
+around each of them a look at its samples. Which would GSPO clip at the paper's bounds, which GRPO? Which experts are chosen?
 
     python tools/study_gspo.py                            what is missing; may be killed and started again at any time
     python tools/study_gspo.py --list                     which runs there are
@@ -58,8 +58,9 @@ from tools.toy_runs import (  # noqa: E402
     study_parser,
 )
 
-STEPS, MINIBATCHES, GROUPS, GROUP_SIZE, SEEDS = 25, 4, 8, 8, 3
-CONDITIONS = {"steps": STEPS, "minibatches": MINIBATCHES, "groups": GROUPS, "group_size": GROUP_SIZE, "seeds": SEEDS}
+STEPS, MINIBATCHES, GROUPS, GROUP_SIZE = 20, 4, 8, 8
+SEEDS = 3  # of each arm
+CONDITIONS = {"steps": STEPS, "minibatches": MINIBATCHES, "groups": GROUPS, "group_size": GROUP_SIZE}
 COMMON = (
     f"run.steps={STEPS}",
     f"batch.minibatches={MINIBATCHES}",
@@ -78,7 +79,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "grpo-replay": (*GRPO, REPLAY),
 }
 SAMPLES = "gspo seed 0"  # the run whose samples are learned from at other rates
-RATES = (1e-4, 3e-5, 1e-5)
+RATES = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 RATE_STEPS = 10
 SERIES = (
     "reward/mean", "clip_fraction", "old_k3", "ratio_deviation", "grad_norm", "mismatch_k3", "moe/routing_changed",
@@ -95,7 +96,13 @@ type Numbers = dict[str, float]
 
 def plan() -> list[str]:
     """Every run, seed after seed."""
-    return [f"{arm} seed {seed}" for seed in range(SEEDS) for arm in ARMS] + [f"rate {rate:g}" for rate in RATES]
+    first, *others = ([f"{arm} seed {seed}" for arm in ARMS] for seed in range(SEEDS))
+    return [*first, *(f"rate {rate:g}" for rate in RATES), *(name for names in others for name in names)]
+
+
+def looks(name: str) -> bool:
+    """Are this run's updates looked at? One seed is enough: there are many updates, and they are all alike."""
+    return name.endswith("seed 0") and "replay" not in name
 
 
 # -- looking at updates ----------------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def of_arm(laboratory: Laboratory, name: str, advance: Callable[[], None]) -> di
     own = [*ARMS[arm], f"run.seed={seed}"]
     steps = laboratory.run(name, [*COMMON, *own], advance)
     found = {"settings": own, **series(steps, SERIES)}
-    if REPLAY in ARMS[arm]:
+    if not looks(name):
         return found
     return {**found, "updates": looked_at(laboratory.settings(name, [*COMMON, *own]), STEPS, steps, advance)}
 
@@ -206,8 +213,8 @@ def study(laboratory: Laboratory, todo: Sequence[str], results: Results) -> None
     with progress_bars() as progress:
         whole = progress.add_task("runs", total=len(todo))
         for name in todo:
-            rate, replay = name.startswith("rate"), "replay" in name
-            task = progress.add_task(name, total=RATE_STEPS if rate else STEPS if replay else 2 * STEPS)
+            rate = name.startswith("rate")
+            task = progress.add_task(name, total=RATE_STEPS if rate else 2 * STEPS if looks(name) else STEPS)
             do = of_rate if rate else of_arm
             found = do(laboratory, name, partial(progress.advance, task))
             results.add(name, found, plan())

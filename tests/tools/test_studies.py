@@ -34,7 +34,7 @@ def test_every_part_has_trained_for_thirty_finite_steps() -> None:
         for metric in ("reward/mean", "loss", "grad_norm"):
             assert len(run[metric]) == 30 and all(map(math.isfinite, run[metric])), f"{name}: {metric}"
         assert max(run["grad_norm"]) > 0, f"{name} has never moved anything"
-        assert run["metrics"] > 40, name
+        assert run["metrics"] > 30, name
         assert run["settings"] == study_objectives.partners(name), f"{name} has other partners now: run it again"
 
 
@@ -67,6 +67,7 @@ def test_the_study_of_gspo_is_whole_and_its_page_up_to_date() -> None:
     for name, run in study["runs"].items():
         if not name.startswith("rate"):
             assert len(run["reward/mean"]) == study_gspo.STEPS, name
+        assert ("updates" in run) == (name.startswith("rate") or study_gspo.looks(name)), name
         for number, table in run.get("updates", {}).items():
             steps = study_gspo.RATE_STEPS if name.startswith("rate") else study_gspo.STEPS
             assert np.isfinite(table).all() and np.shape(table) == (steps, study_gspo.MINIBATCHES), f"{name}: {number}"
@@ -102,7 +103,7 @@ def batch(log_probs: list[float], mask: list[bool]) -> TokenBatch:
 
 def test_movement_is_of_tokens_that_count_and_padding_is_passed_over() -> None:
     tokens = np.zeros(3, np.int64)
-    sequences = tuple(TokenSequence(i, tokens[: 3 - i], np.ones(3 - i, np.bool_)) for i in range(2))
+    sequences = tuple(TokenSequence(i, tokens[: 3 - i], np.zeros(3 - i, np.bool_)) for i in range(2))
     pack = Pack(sequences, (4, 3, 2))  # lengths 3 and 2, padded to 4 and 3, and two tokens of padding alone
     mask = [True, True, False, False, True, False, False, False, False]
     before = batch([-1.0] * 9, mask)
