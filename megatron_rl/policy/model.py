@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,6 +47,14 @@ class Model:
         for index, chunk in enumerate(self.bare_chunks):
             for name, parameter in chunk.named_parameters():
                 yield f"{index}.{name}", parameter
+
+
+def let_go(model: Model) -> None:
+    """Loosen what would keep a model, and the process groups that it knows, for good."""
+    for chunk in model.chunks:
+        chunk.__dict__.clear()  # autograd's hooks hold it, it holds the model, the model holds autograd's graph
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # keyed by the module, which knows its group
 
 
 def bare(chunk: torch.nn.Module) -> GPTModel:

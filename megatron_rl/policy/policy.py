@@ -5,6 +5,7 @@ its state; all under any parallel layout, with the same result. Every rank calls
 the packs of its own model replica.
 """
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from megatron_rl.objectives.base import Divisors, Objective, ObjectiveResult, To
 from megatron_rl.policy.batch import PackTensors, local_indices, pack_tensors
 from megatron_rl.policy.head import LogProbHead, Wanted
 from megatron_rl.policy.layout import Launch, Layout
-from megatron_rl.policy.model import Model, bare, build_model
+from megatron_rl.policy.model import Model, bare, build_model, let_go
 from megatron_rl.policy.optimizer import Optimizer
 from megatron_rl.policy.pretrained import load_pretrained
 from megatron_rl.policy.reduction import reduce_results
@@ -244,8 +245,11 @@ class Policy:
                 chunk.restore_grad_buffers()
 
     def close(self) -> None:
-        """Leave the other ranks; call it on all of them."""
+        """Leave the other ranks; call it on all of them. Nothing of the policy can be used afterwards."""
         self.layout.close()
+        let_go(self.model)
+        self.__dict__.clear()
+        gc.collect()  # each group has threads of its own, which a process that opens another policy would drag along
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
