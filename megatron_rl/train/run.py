@@ -46,7 +46,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
-    samples = launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps
+    samples = launch.rank == 0 and settings.bank.replay is None and not state.over(settings)
     colocated = settings.servers.colocated
     if samples and colocated:
         require_ranks(own_servers(settings), launch.local_world_size)
@@ -58,7 +58,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         reference = Reference(policy) if settings.objective.reference == "initial" else None
         if checkpoint is not None:
             load_policy(policy, checkpoint)
-        if state.step >= settings.run.steps:
+        if state.over(settings):
             if policy.layout.is_main:
                 tidy(settings)  # it may have been killed in its last moment
             return state
@@ -80,7 +80,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         saved = state.step if checkpoint is not None else None
         trainer = Trainer(settings, policy, *opened, learner, told, stopper, state, saved)
         state = trainer.run()
-        for observer in told if state.step >= settings.run.steps else ():
+        for observer in told if state.over(settings) else ():
             observer.finished()
     return state
 
