@@ -10,6 +10,7 @@ from megatron_rl.rollout.collector import BEGINNING, Position
 from megatron_rl.weights.checkpoint_files import latest_checkpoint, remove_halves
 
 CHECKPOINTS, EXPORTS = "checkpoints", "exports"
+SUPERVISED: Mapping[str, Any] = {"supervised": True}  # in the manifests of supervised fine-tuning, which has no such state
 
 
 @dataclass(frozen=True)
