@@ -86,7 +86,7 @@ def _run(settings: Settings, *, resume: bool) -> None:
     if not (folder / SETTINGS).exists():
         console.print("stopped before it began: there is nothing to go on with, start it again as you did")
         raise typer.Exit(STOPPED)
-    if state.step < steps:
+    if not state.over(settings):
         console.print(f"stopped at step {state.step} of {steps}, saved; go on with megatron-rl train --resume {folder}")
         raise typer.Exit(STOPPED)
     for line in _progress(folder):

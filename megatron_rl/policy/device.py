@@ -9,6 +9,7 @@ the only one that asks whether there is a GPU.
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 
 # 10^12 operations a second in bf16, dense, that NVIDIA states for a GPU of this name; the first name that fits counts.
 TFLOPS = {
-    "A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H20": 148.0, "GB200": 2500.0,
-    "B200": 2250.0, "L40S": 362.0,
+    "A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H20": 148.0,
+    "GB200": 2500.0, "B200": 2250.0, "L40S": 362.0,
 }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def open_device(settings: DeviceSettings, local_rank: int = 0, local_ranks: int 
 def _most_flops(settings: DeviceSettings, name: str) -> float | None:
     if settings.tflops is not None:
         return settings.tflops * 1e12
-    return next((tflops * 1e12 for known, tflops in TFLOPS.items() if known in name), None)
+    return next((tflops * 1e12 for known, tflops in TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

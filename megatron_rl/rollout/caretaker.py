@@ -142,15 +142,16 @@ class Caretaker:
             await self._wait(None)
             return
         await self._wait(min(2.0**worker.restarts, 2.0**LONGEST_REST), heed_look=False)
-        if not isinstance(worker.health, Dead) or self._weights.asleep:
-            return
-        worker.restarts += 1
-        worker.server = await start_again(worker.server)
-        worker.strikes = worker.rests = 0
-        worker.torn = self._weights.brought
-        await worker.client.close()
-        worker.client = self._make_client(worker.url)
-        self._move(Dead, Starting())
+        async with self._weights.lock:  # who lays all down meets it dead or starting, not in between
+            if not isinstance(worker.health, Dead) or self._weights.asleep:
+                return
+            worker.restarts += 1
+            worker.server = await start_again(worker.server)
+            worker.strikes = worker.rests = 0
+            worker.torn = self._weights.brought
+            await worker.client.close()
+            worker.client = self._make_client(worker.url)
+            self._move(Dead, Starting())
 
     async def _admit(self) -> None:
         """Let it work if it can do what is asked and has the current weights, which it is given if there is a way to."""

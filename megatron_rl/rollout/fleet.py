@@ -204,6 +204,9 @@ class Fleet:
             for worker in workers:
                 if worker.url in update.dropped:
                     self._quarantine(worker, f"an update of its weights failed: {update.dropped[worker.url]}")
+            if not self._weights.brought:
+                for worker in self.workers.values():
+                    worker.torn = True  # who took no part may give this number to the weights that it was started with
             self._weights.version, self._weights.load, self._weights.brought = version, load, True
             await asyncio.gather(*map(self._resume, workers))
             self._weights.asleep = False
@@ -300,7 +303,7 @@ class Fleet:
     # The rest.
 
     def _add(self, url: str, server: Server | None) -> Worker:
-        worker = Worker(self._client(url), self._changed, self._settings.probes, server)
+        worker = Worker(self._client(url), self._changed, self._settings.probes, server, torn=self._weights.brought)
         self.workers[url] = worker
         caretaker = Caretaker(worker, self._demands, self._settings, self._weights, self._client)
         self._cares[worker] = asyncio.create_task(caretaker.run())

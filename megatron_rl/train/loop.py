@@ -10,6 +10,7 @@ that the bank holds already are learned from again, bit for bit, and only what i
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_rl.config.settings import Settings
@@ -60,7 +61,7 @@ class Trainer:
 
     def run(self) -> RunState:
         """Until all steps are done, or the run is told to stop; either way everything is saved."""
-        due = self.evaluations is not None and self.state.step == 0
+        due = self.evaluations is not None and self.state.owes_evaluation(self.settings)
         if due or not self.source.has(self.state.step):
             self._publish()
         if due:
@@ -124,6 +125,9 @@ class Trainer:
         if self.evaluations is not None:
             with self._clock.phase("evaluate"):
                 records = self.evaluations.run(self.state.step)
+            if records:  # none when it is told to stop meanwhile
+                self.state = replace(self.state, evaluated=self.state.step)
+                self._saved = None  # a checkpoint that a resumed run begins with does not know of it
             for record in records:
                 for observer in self.observers:
                     observer.evaluated(record)

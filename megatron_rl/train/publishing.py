@@ -93,7 +93,8 @@ async def publish_to_pool(
         with suppress(UpdateFailed):  # the report tells of it
             await wait(paused.__aexit__(None, None, None))
 
-    present = [worker for worker in fleet.workers.values() if isinstance(worker.health, Healthy | Suspect | Outdated | Asleep)]
+    known = tuple(fleet.workers.values())  # at once: in the thread that they live in some may come or go
+    present = [worker for worker in known if isinstance(worker.health, Healthy | Suspect | Outdated | Asleep)]
     targets = [Target(worker.url, worker.server.options.ranks if worker.server else (), anew=worker.torn) for worker in present]
     report = await publisher.publish(version, targets, tell, halt)
     if not report.serving:

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 
 from megatron_rl.config.checks import require_valid
+from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import Settings
 from megatron_rl.observe.observer import Observer
@@ -20,7 +21,7 @@ from megatron_rl.train.folder import begin, require_fresh
 from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
-from megatron_rl.train.run_state import RunState, newest, tidy
+from megatron_rl.train.run_state import SUPERVISED, RunState, newest, tidy
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.steps import Replay, Rollouts, Source, require_routing
 from megatron_rl.train.stopping import Stopper
@@ -46,7 +47,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
-    samples = launch.rank == 0 and settings.bank.replay is None and state.step < settings.run.steps
+    samples = launch.rank == 0 and settings.bank.replay is None and not state.over(settings)
     colocated = settings.servers.colocated
     if samples and colocated:
         require_ranks(own_servers(settings), launch.local_world_size)
@@ -58,7 +59,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         reference = Reference(policy) if settings.objective.reference == "initial" else None
         if checkpoint is not None:
             load_policy(policy, checkpoint)
-        if state.step >= settings.run.steps:
+        if state.over(settings):
             if policy.layout.is_main:
                 tidy(settings)  # it may have been killed in its last moment
             return state
@@ -80,13 +81,21 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         saved = state.step if checkpoint is not None else None
         trainer = Trainer(settings, policy, *opened, learner, told, stopper, state, saved)
         state = trainer.run()
-        for observer in told if state.step >= settings.run.steps else ():
+        for observer in told if state.over(settings) else ():
             observer.finished()
     return state
 
 
 def _state_of(checkpoint: Path | None) -> RunState:
-    return RunState() if checkpoint is None else RunState.from_json(CheckpointFiles(checkpoint).manifest.get("run", {}))
+    if checkpoint is None:
+        return RunState()
+    found = CheckpointFiles(checkpoint).manifest.get("run", {})
+    if found == SUPERVISED:
+        raise SettingsError(
+            f"{checkpoint} is of supervised fine-tuning. Go on with that by `megatron-rl sft CONFIG --resume`, or begin a run "
+            "of reinforcement learning with its exports/final as policy.init and a run.directory of its own."
+        )
+    return RunState.from_json(found)
 
 
 def _source(

@@ -219,7 +219,8 @@ class Rollouts:
         """Has a server come back, or come new, that waits for the present weights? It may be all that there are."""
         if self._thread is None or self._version is None:
             return False
-        return any(isinstance(worker.health, Outdated) for worker in self._thread.session.pool.fleet.workers.values())
+        known = tuple(self._thread.session.pool.fleet.workers.values())  # at once: in their thread some may come or go
+        return any(isinstance(worker.health, Outdated) for worker in known)
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,13 @@ class Stopper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._left.set()
+        for number, handler in self._before.items():  # first: ours would tell a thread that is gone
+            signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             self._told.close()  # the thread hears it, and ends
             self._thread.join()
             self._heard.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

@@ -29,7 +29,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.train.clock import Clock
 from megatron_rl.train.folder import begin
-from megatron_rl.train.run_state import tidy
+from megatron_rl.train.run_state import SUPERVISED, tidy
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import run_record, supervised_record
 from megatron_rl.types import Sequence as TokenSequence
@@ -148,9 +148,10 @@ class Course:
         self.writer.finish()
         last = latest_checkpoint(self.writer.root)
         if self.policy.layout.from_main(last is None or last.name != step_folder(self.writer.root, self.policy.steps).name):
-            save_policy(self.writer, self.policy)
+            save_policy(self.writer, self.policy, run=SUPERVISED)
         if not finished:
-            self.console.print(f"stopped after step {self.done} of {self.settings.run.steps}, saved; go on with --resume")
+            how = f"stopped after step {self.done} of {self.settings.run.steps}, saved"
+            self.console.print(f"{how}; go on with the same command and --resume")
             return False
         after = self._measure()
         exported = self._export(self.exports / LAST_EXPORT)
@@ -173,7 +174,7 @@ class Course:
             self.writer.poll()
             if checkpoint.every and applied and self.policy.steps % checkpoint.every == 0:
                 with self._clock.phase("checkpoint"):
-                    save_policy(self.writer, self.policy, asynchronous=checkpoint.asynchronous)
+                    save_policy(self.writer, self.policy, asynchronous=checkpoint.asynchronous, run=SUPERVISED)
             if checkpoint.export_every and applied and self.policy.steps % checkpoint.export_every == 0:
                 with self._clock.phase("export"):
                     self._export(step_folder(self.exports, self.policy.steps))

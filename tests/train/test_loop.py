@@ -1,6 +1,7 @@
 """Runs of reinforcement learning on a real server."""
 
 import asyncio
+import os
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from megatron_rl.observe.journal import Journal
 from megatron_rl.observe.records import EvaluationRecord, RunRecord, StepRecord
 from megatron_rl.rollout.bank.reader import BankReader
 from megatron_rl.rollout.bank.writer import Bank
+from megatron_rl.train.evaluation import Evaluator
 from megatron_rl.train.run import train
 from tests.servers import TinyServer
 from tests.train.runs import Run, learned, metrics, run_settings, state, written
@@ -114,6 +116,33 @@ def test_in_turns(tiny_server: TinyServer, tmp_path: Path) -> None:
     train(again, resume=True, observers=[Journal(tmp_path / "again"), notes])
     assert [found.step for found in notes.evaluations] == [0, 4]
     assert learned(tmp_path / "again") == learned(folder)
+
+
+@pytest.mark.parametrize("told", [2, 4])
+def test_an_evaluation_that_was_stopped_is_done_by_the_resumed_run(
+    tiny_server: TinyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
+) -> None:
+    """The last one too, when no step is left to do; and no other again."""
+    folder = tmp_path / "run"
+    settings = run_settings(tiny_server, folder, evaluation={"every": 2, "prompts": 2, "samples": 1})
+    evaluate = Evaluator.evaluate
+
+    async def stopped(self: Evaluator, step: int | None = None) -> dict[str, float]:
+        if step == told:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(3600)
+        return await evaluate(self, step)
+
+    first, then, last = Notes(), Notes(), Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", stopped)
+        assert train(settings, observers=[first]).step == told
+    assert not first.ended
+    assert train(settings, resume=True, observers=[then]).step == 4
+    assert [found.step for found in (*first.evaluations, *then.evaluations)] == [0, 2, 4]
+    assert [record.step for record in (*first.steps, *then.steps)] == [0, 1, 2, 3] and then.ended
+    assert train(settings, resume=True, observers=[last]).step == 4
+    assert last.begun == []
 
 
 def test_ahead(tiny_server: TinyServer, tmp_path: Path) -> None:

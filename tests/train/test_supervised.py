@@ -101,6 +101,11 @@ def test_it_learns_and_resumes_identically(recipe: Path, tmp_path: Path) -> None
     reported = CliRunner().invoke(app, ["report", str(whole)])
     assert reported.exit_code == 0 and "negative_log_likelihood" in (whole / "report.html").read_text()
 
+    # Reinforcement learning does not go on with it, in the place of what it has told.
+    denied = CliRunner().invoke(app, ["train", "--resume", str(whole), "layout.world_size=1", "layout.expert=1"])
+    assert denied.exit_code == 2 and "megatron-rl sft CONFIG --resume" in denied.stderr
+    assert len(metrics(whole)) == 24
+
 
 def test_bad_settings_end_before_ranks_start(recipe: Path, tmp_path: Path) -> None:
     result = sft(recipe, f"run.directory={tmp_path}", "layout.expert=3", "layout.world_size=3")
