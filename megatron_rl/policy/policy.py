@@ -245,10 +245,10 @@ class Policy:
                 chunk.restore_grad_buffers()
 
     def close(self) -> None:
-        """Leave the other ranks; call it on all of them. Nothing of the policy can be used afterwards."""
+        """Leave the other ranks; call it on all of them. The model, and all that works on it, are gone afterwards."""
         self.layout.close()
         let_go(self.model)
-        self.__dict__.clear()
+        self.__dict__ = {name: self.__dict__[name] for name in ("settings", "architecture", "steps", "skipped")}
         gc.collect()  # each group has threads of its own, which a process that opens another policy would drag along
 
     # -- how -----------------------------------------------------------------------------------------------------------
