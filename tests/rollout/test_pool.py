@@ -24,7 +24,7 @@ from megatron_rl.rollout.suitability import Demands, UnsuitableServer
 from megatron_rl.rollout.worker import Worker
 from tests.faults.proxy import Proxy
 from tests.reference.tiny_checkpoint import tiny_tokenizer
-from tests.rollout.talk import PROMPT, SECONDS, Watch, flush, reference_log_probs, talk
+from tests.rollout.talk import PROMPT, SECONDS, Watch, flush, reference_log_probs
 from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
 
 CLOSE = 1e-4  # log-probs in float32, by different kernels
@@ -205,22 +205,6 @@ def test_a_server_that_comes_late_gets_the_weights(tiny_server: TinyServer) -> N
         check_against(tiny_server.other, response)
 
     with_pool(tiny_server, join)
-
-
-def test_who_missed_the_first_weights_does_not_have_them(tiny_server: TinyServer) -> None:
-    """Though it calls its own by the same number: it was away, or is new."""
-
-    async def miss(pool: Pool) -> None:
-        (worker,) = pool.fleet.workers.values()
-        worker.become(Quarantined("away"))
-        async with pool.fleet.paused(0):
-            pass
-        await until(worker, Outdated)
-        pool.fleet.leave(worker.url)
-        await until(pool.fleet.join(worker.url), Outdated)
-
-    talk(tiny_server, lambda client: client.update_from_disk(str(tiny_server.other), 0))
-    with_pool(tiny_server, miss)
 
 
 def test_servers_come_and_go_with_the_file(tiny_server: TinyServer, tmp_path: Path) -> None:
