@@ -153,7 +153,9 @@ def test_a_stop_text_is_found_across_an_update(tiny_server: TinyServer) -> None:
     async def stop(pool: Pool) -> tuple[Generation, list[Generation]]:
         greedy = Sampling(60, temperature=0.0, ignore_end=True)
         free = await pool.generate(PROMPT, greedy, group="g")
-        text = decode(free.tokens[40:43].tolist())
+        # Plain letters: what stands for half a character depends on where decoding begins.
+        texts = (decode(free.tokens[place : place + 3].tolist()) for place in range(30, 56))
+        text = next(text for text in texts if text.isascii())
         running = [asyncio.create_task(pool.generate(PROMPT, replace(greedy, stop=(text,)), group="g")) for _ in range(4)]
         for version in range(1, 6):
             await asyncio.sleep(0.03)
