@@ -65,7 +65,7 @@ def show(
     with told_to_the_user():
         settings = load_settings(config, overrides or [])
         architecture = read_architecture(settings.policy.config)
-        require_valid(settings, architecture, settings.layout.world_size or smallest_world_size(settings.layout))
+        require_valid(settings, architecture, settings.world_size or smallest_world_size(settings.layout))
         from megatron_rl.data.prompts import open_prompts, open_tokenizer
 
         tokenizer = open_tokenizer(settings, vocab=architecture.vocab)

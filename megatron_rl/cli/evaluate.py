@@ -51,7 +51,7 @@ def evaluate(
     with told_to_the_user():
         settings = load_settings(config, [*(overrides or []), *([f"evaluation.samples={samples}"] if samples else [])])
         architecture = read_architecture(settings.policy.config)
-        require_valid(settings, architecture, settings.layout.world_size or smallest_world_size(settings.layout))
+        require_valid(settings, architecture, settings.world_size or smallest_world_size(settings.layout))
         _require_model(settings)
         asyncio.run(_evaluate(settings, architecture, make_console()))
 

@@ -42,7 +42,7 @@ def rollout(
     with told_to_the_user():
         settings = load_settings(config, overrides or [])
         architecture = read_architecture(settings.policy.config)
-        world_size = settings.layout.world_size or smallest_world_size(settings.layout)
+        world_size = settings.world_size or smallest_world_size(settings.layout)
         require_valid(settings, architecture, world_size)
         tell_warnings(warnings(settings, architecture, world_size))
         console = make_console()

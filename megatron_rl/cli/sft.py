@@ -44,7 +44,7 @@ def sft(
     with told_to_the_user():
         settings = load_settings(config, overrides or [])
         if not launched():
-            require_valid(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1)
+            require_valid(settings, read_architecture(settings.policy.config), settings.world_size or 1)
         start_ranks(settings)
         quiet_upstream()
         from megatron_rl.observe import observers_of

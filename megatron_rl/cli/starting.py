@@ -20,12 +20,12 @@ def start_ranks(settings: Settings, check: Callable[[Settings], None] = lambda s
     Returns in a process that is a rank, or the only one. `check` refuses more of the settings, before torch is loaded so many
     times.
     """
-    world_size = settings.layout.world_size or 1
+    world_size = settings.world_size or 1
     if world_size == 1 or ranks.launched():
         return
     if world_size > LOCAL_RANKS:
         raise SettingsError(
-            f"layout.world_size = {world_size}: one machine starts {LOCAL_RANKS} ranks at most by itself. "
+            f"these settings ask for {world_size} ranks: one machine starts {LOCAL_RANKS} at most by itself. "
             "Launch the ranks with torchrun or SLURM, or look with --dry-run."
         )
     require_valid(settings, read_architecture(settings.policy.config), world_size)

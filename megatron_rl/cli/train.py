@@ -70,7 +70,7 @@ def train(
             require_fresh(settings)
         start_ranks(settings, _require_buildable)
         _require_buildable(settings)
-        tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.layout.world_size or 1))
+        tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.world_size or 1))
         _run(settings, resume=resume is not None)
 
 
@@ -140,11 +140,11 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     console = make_console()
     console.print(render_settings(settings))
     architecture = read_architecture(settings.policy.config)
-    world_size = settings.layout.world_size or smallest_world_size(settings.layout)
+    world_size = settings.world_size or smallest_world_size(settings.layout)
     require_valid(settings, architecture, world_size)
     _require_buildable(settings)
     tell_warnings(warnings(settings, architecture, world_size))
-    if settings.layout.world_size is None:
+    if settings.world_size is None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")
     console.print()
     console.print(render_layout(settings, architecture, world_size, all_ranks=all_ranks))

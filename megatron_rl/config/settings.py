@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_rl.config.cluster_settings import ClusterSettings
 from megatron_rl.config.data_settings import BankSettings, DataSettings
 from megatron_rl.config.learning_settings import EvaluationSettings, SupervisedSettings
 from megatron_rl.config.observe_settings import ObserveSettings
@@ -49,7 +50,9 @@ class PolicySettings(Section):
 class LayoutSettings(Section):
     """How the model is spread over ranks. Sizes multiply: world = tensor x pipeline x context x data."""
 
-    world_size: PositiveInt | None = Field(None, description="Number of ranks; taken from the launcher when not given.")
+    world_size: PositiveInt | None = Field(
+        None, description="Number of ranks; when not given, cluster.nodes x cluster.gpus_per_node, or as many as are launched."
+    )
     tensor: PositiveInt = Field(1, description="Tensor-parallel size: each matrix is cut this many ways.")
     sequence_parallel: bool | None = Field(
         None, description="Split activations along the sequence between tensor ranks. Default: on when tensor > 1."
@@ -234,6 +237,7 @@ class Settings(Section):
 
     policy: PolicySettings
     layout: LayoutSettings = LayoutSettings()
+    cluster: ClusterSettings = ClusterSettings()
     moe: MoeSettings = MoeSettings()
     precision: PrecisionSettings = PrecisionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -256,6 +260,11 @@ class Settings(Section):
     observe: ObserveSettings = ObserveSettings()
     run: RunSettings = RunSettings()
     device: DeviceSettings = DeviceSettings()
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks that the settings ask for; None: as many as are started."""
+        return self.layout.world_size or self.cluster.ranks
 
     @property
     def optimizer_steps(self) -> int:

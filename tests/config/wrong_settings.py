@@ -10,6 +10,15 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 4, "layout.world_size=8",
         "layout.world_size = 8: the launcher started 4 ranks", "Start 8 ranks",
     ),
+    "declared machines": (
+        "dense", 4, "cluster.nodes=1",
+        "cluster.nodes = 1, cluster.gpus_per_node = 8: the launcher started 4 ranks", "Start 8 ranks",
+    ),
+    "machines and declared ranks": (
+        "dense", 4, "cluster.nodes=1 layout.world_size=4",
+        "layout.world_size = 4, cluster.nodes = 1, cluster.gpus_per_node = 8: these machines take 8 ranks",
+        "Remove layout.world_size",
+    ),
     "ranks not the product": (
         "moe", 12, "layout.tensor=2 layout.pipeline=2 layout.context=2",
         "layout.context = 2: one replica of the model takes their product, 8 ranks, and 12 ranks are no multiple",

@@ -7,12 +7,25 @@ from megatron_rl.config.rules.case import Case, Rule, divisors, problem
 
 
 def declared_world_size(case: Case) -> Iterator[str]:
-    declared = case.layout.world_size
-    if declared is not None and declared != case.world_size:
+    declared, cluster = case.layout.world_size, case.settings.cluster
+    machines = f"cluster.nodes = {cluster.nodes}, cluster.gpus_per_node = {cluster.gpus_per_node}"
+    if declared is not None and cluster.ranks is not None and declared != cluster.ranks:
+        yield problem(
+            f"layout.world_size = {declared}, {machines}",
+            f"these machines take {cluster.ranks} ranks",
+            "Remove layout.world_size, or make cluster.nodes fit",
+        )
+    elif declared is not None and declared != case.world_size:
         yield problem(
             f"layout.world_size = {declared}",
             f"the launcher started {case.world_size} ranks",
             f"Start {declared} ranks, or remove layout.world_size to take the launcher's number",
+        )
+    elif cluster.ranks is not None and cluster.ranks != case.world_size:
+        yield problem(
+            machines,
+            f"the launcher started {case.world_size} ranks",
+            f"Start {cluster.ranks} ranks, or set cluster to the machines that there are",
         )
 
 
