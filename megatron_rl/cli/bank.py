@@ -80,7 +80,7 @@ def show(
 
     with told_to_the_user(), _opened(bank) as reader:
         decoder = None if ids else _tokenizer(reader, tokenizer)
-        wanted = _wanted(group, least, most, reward, finish, failed)
+        wanted = _wanted(reader, step, group, least, most, reward, finish, failed)
         console = make_console()
         console.print(_legend())
         shown = 0
@@ -123,7 +123,7 @@ def grep(
             ) from error
         text = "prompt_text" if prompts else "response_text"
         names = [*NEEDS, *TEXTS, "sample", "prompt_length", "tokens"]
-        wanted = _wanted(None, least, most, reward, finish, failed)
+        wanted = _wanted(reader, step, None, least, most, reward, finish, failed)
         names += [f"{REWARD}{reward}"] if reward else []
         console, hits = make_console(), 0
         for found in samples(reader, wanted, step=step, names=names, decode=_decode(reader, tokenizer)):
@@ -162,7 +162,7 @@ def export(
     from megatron_rl.rollout.bank.export import export as export_samples
 
     with told_to_the_user(), _opened(bank) as reader:
-        wanted = _wanted(group, least, most, reward, finish, failed)
+        wanted = _wanted(reader, step, group, least, most, reward, finish, failed)
         count = export_samples(reader, target, wanted, step=step, routing=routing)
     make_console().print(f"{count:,} samples written to {target}")
 
@@ -218,12 +218,21 @@ def _opened(path: Path) -> "Iterator[BankReader]":
 
 
 def _wanted(
-    group: str | None, least: float | None, most: float | None, reward: str | None, finish: str | None, failed: bool
+    reader: "BankReader",
+    step: int | None,
+    group: str | None,
+    least: float | None,
+    most: float | None,
+    reward: str | None,
+    finish: str | None,
+    failed: bool,
 ) -> "Wanted":
-    from megatron_rl.rollout.bank.looking import Wanted
+    from megatron_rl.rollout.bank.looking import Wanted, require_reward
 
     if least is not None and most is not None and least > most:
         raise BankError(f"--min-reward {least:g} is above --max-reward {most:g}: no sample can be both.")
+    if reward is not None:
+        require_reward(reader, reward, step)
     return Wanted(group, least, most, reward, finish, failed or None)
 
 

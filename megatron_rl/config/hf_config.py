@@ -87,8 +87,9 @@ def read_hf_config(path: Path) -> HfConfig:
         wanted = "give a Hugging Face config.json or the folder that holds it"
         if (path / "manifest.json").is_file():
             wanted = (
-                "the folder is a checkpoint of a run. Go on with that run (megatron-rl train --resume RUN_DIR), begin from its "
-                "exports/, or make a Hugging Face checkpoint of it (megatron-rl convert --format hf)"
+                "the folder is a checkpoint of a run. Go on with that run (megatron-rl train --resume RUN_DIR, or "
+                "megatron-rl sft CONFIG --resume), begin from its exports/, "
+                "or make a Hugging Face checkpoint of it (megatron-rl convert --format hf)"
             )
         raise SettingsError(f"policy.config: {file} does not exist; {wanted}") from error
     except OSError as error:

@@ -58,7 +58,9 @@ class ServerSettings(Section):
     """The SGLang servers that sample: started here, or run by somebody else. Their own arguments are the section `sglang`."""
 
     count: NonNegativeInt | None = Field(
-        None, description="Servers to start on this machine; default: one, or none where urls or urls_file name others."
+        None,
+        description="Servers to start on this machine; default: none where urls or urls_file name others, else one, or with "
+        "placement = colocated as many as there are GPUs for.",
     )
     model: str | None = Field(
         None, description="What own servers load: a checkpoint folder or a hub name; default: policy.init, else policy.config."
@@ -97,7 +99,7 @@ class ServerSettings(Section):
     probe_seconds: PositiveFloat = Field(10.0, description="Seconds between looks at a server's health.")
     probes: PositiveInt = Field(3, description="Looks that may fail in a row before a server gets no more work.")
     tries: PositiveInt = Field(8, description="Servers that may fail a response before the run gives up.")
-    restarts: NonNegativeInt = Field(3, description="Times that an own server which died is started again.")
+    restarts: NonNegativeInt = Field(3, description="Times in a run that an own server which died is started again.")
     outage_seconds: PositiveFloat = Field(900.0, description="How long there may be no working server before the run gives up.")
     update: Literal["abort", "retract", "in_place"] = Field(
         "abort",

@@ -67,22 +67,32 @@ class Caretaker:
         self._make_client = make_client
 
     async def run(self) -> None:
-        """Until the server has left."""
+        """Until the server has left. A mistake of our own costs this server its work, and is told: others wait for it."""
         worker = self._worker
         while not isinstance(worker.health, Left):
             worker.look.clear()
-            match worker.health:
-                case Starting():
-                    await self._begin()
-                case Healthy() | Suspect():
-                    await self._probe()
-                case Quarantined():
-                    await self._call_back()
-                case Dead():
-                    await self._restart()
-                case Paused() | Outdated() | Asleep():
-                    await self._wait(self._settings.probe_seconds)
-                    self._notice_death()
+            try:
+                await self._look_after()
+            except Exception as error:
+                logger.exception("server %s: looking after it failed", worker.url)
+                if not isinstance(worker.health, Dead | Left):
+                    worker.become(Quarantined(f"looking after it failed: {error!r}"))
+                await self._wait(HURRY, heed_look=False)
+
+    async def _look_after(self) -> None:
+        """What its health asks for now."""
+        match self._worker.health:
+            case Starting():
+                await self._begin()
+            case Healthy() | Suspect():
+                await self._probe()
+            case Quarantined():
+                await self._call_back()
+            case Dead():
+                await self._restart()
+            case Paused() | Outdated() | Asleep():
+                await self._wait(self._settings.probe_seconds)
+                self._notice_death()
 
     async def _begin(self) -> None:
         worker = self._worker
@@ -181,8 +191,9 @@ class Caretaker:
                 self._move(type(before), Outdated(f"it has {has}, the others {weights.version}"))
 
     async def _version(self, info: ServerInfo) -> int | None:
-        """Weights that were never updated are version 0, whatever their server calls them."""
-        if info.version is None and self._weights.version == 0 and not self._worker.torn:
+        """Weights that were never updated are version 0, whatever their server calls them, until a run has brought its own."""
+        weights = self._weights
+        if info.version is None and weights.version == 0 and not weights.brought and not self._worker.torn:
             await self._worker.client.set_version(0)
             return 0
         return info.version

@@ -21,14 +21,11 @@ COLOCATED_ARGUMENTS: Mapping[str, Any] = {"enable_memory_saver": True, "mem_frac
 
 def own_servers(settings: Settings) -> list[ServerOptions]:
     """Options of the servers to start on this machine; none where the settings name others."""
-    servers = settings.servers
-    count = servers.count
-    if count is None:
-        count = 0 if servers.urls or servers.urls_file is not None else 1
+    servers, kind = settings.servers, settings.device.kind
+    on_cpu = kind == "cpu" or (kind == "auto" and not has_gpu())
+    count = _count(settings, on_cpu)
     if count == 0:
         return []
-    kind = settings.device.kind
-    on_cpu = kind == "cpu" or (kind == "auto" and not has_gpu())
     hands: Sequence[tuple[int | str, ...] | None] = (
         [None] * count if on_cpu else _dealt(servers, _gpus_each(settings.sglang), count)
     )
@@ -52,6 +49,12 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
     ]
 
 
+def served_model(settings: Settings) -> Path | None:
+    """The folder that own servers load, where there are any and it is a folder. The same on every machine."""
+    model = Path(_model(settings))
+    return model if _starts_any(settings.servers) and (model / "config.json").is_file() else None
+
+
 def read_api_key(servers: ServerSettings) -> str | None:
     """The key in servers.api_key_file, which nobody but its owner should be able to read."""
     path = servers.api_key_file
@@ -64,6 +67,22 @@ def read_api_key(servers: ServerSettings) -> str | None:
     if not key or not key.isprintable() or " " in key:
         raise SettingsError(f"servers.api_key_file = {path}: it holds no key. Write one word into it.")
     return key
+
+
+def _starts_any(servers: ServerSettings) -> bool:
+    elsewhere = bool(servers.urls) or servers.urls_file is not None
+    return not elsewhere if servers.count is None else servers.count > 0
+
+
+def _count(settings: Settings, on_cpu: bool) -> int:
+    """Servers to start: one, or as many as the GPUs take where these are the trainer's, none of which shall lie idle."""
+    servers = settings.servers
+    if servers.count is not None or not _starts_any(servers):
+        return servers.count or 0
+    if not servers.colocated or on_cpu:
+        return 1
+    gpus = servers.gpus if servers.gpus is not None else _visible_gpus()
+    return max(1, len(gpus) // _gpus_each(settings.sglang))
 
 
 def _model(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, by which it is known."""
+"""The folder of a run: its settings, by which it is known, and what kind of run it is."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.rollout.bank import files
 
 SETTINGS = "settings.yaml"
+KIND = "kind"  # a file with one of these words
+REINFORCEMENT, SUPERVISED_RUN = "train", "sft"
+GO_ON = {REINFORCEMENT: "megatron-rl train --resume {folder}", SUPERVISED_RUN: "megatron-rl sft CONFIG --resume"}
 
 
 def require_fresh(settings: Settings) -> None:
@@ -20,9 +23,21 @@ def require_fresh(settings: Settings) -> None:
         )
 
 
-def begin(settings: Settings) -> None:
-    """Note the settings of a run, new or resumed."""
+def require_kind(settings: Settings, kind: str) -> None:
+    """A run of one kind is not gone on with as if it were of the other, also before its first checkpoint."""
+    folder = settings.run.directory
+    found = (folder / KIND).read_text().strip() if (folder / KIND).is_file() else kind
+    if found != kind:
+        raise SettingsError(
+            f"run.directory = {folder}: the run in it was begun by megatron-rl {found}, not by {kind}. Go on with it by "
+            f"`{GO_ON.get(found, GO_ON[REINFORCEMENT]).format(folder=folder)}`, or choose another folder."
+        )
+
+
+def begin(settings: Settings, kind: str) -> None:
+    """Note the settings of a run, new or resumed, and its kind."""
     settings.run.directory.mkdir(parents=True, exist_ok=True)
+    files.write_file(settings.run.directory / KIND, f"{kind}\n".encode())
     files.write_file(settings.run.directory / SETTINGS, dump_settings(settings).encode())  # a kill leaves no half of them
 
 

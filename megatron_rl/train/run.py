@@ -17,7 +17,7 @@ from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
-from megatron_rl.train.folder import begin, require_fresh
+from megatron_rl.train.folder import REINFORCEMENT, begin, require_fresh, require_kind
 from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
@@ -44,6 +44,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
     if not resume and launch.rank == 0:
         require_fresh(settings)
     if launch.rank == 0:
+        require_kind(settings, REINFORCEMENT)
         require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
@@ -74,7 +75,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         told = tuple(observers) if policy.layout.is_main else ()
         if policy.layout.is_main:
             tidy(settings)
-            begin(settings)
+            begin(settings, REINFORCEMENT)
         record = run_record(settings, policy)
         for observer in told:
             observer.started(record, state.step)

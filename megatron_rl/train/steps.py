@@ -21,7 +21,7 @@ from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
 from megatron_rl.rollout.health import Outdated
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.own_servers import read_api_key, served_model
 from megatron_rl.rollout.session import Session
 from megatron_rl.train.experience import Experience
 from megatron_rl.train.publishing import open_publisher, publish_to_pool
@@ -124,11 +124,10 @@ class Rollouts:
         self._colocated = settings.servers.colocated
         self._folder = Folder(settings.bank_directory)
         key = read_api_key(settings.servers)
-        own = own_servers(settings)
-        served = Path(own[0].model) if own and (Path(own[0].model) / "config.json").is_file() else None
-        vocabulary = policy.architecture.vocab
+        served, vocabulary = served_model(settings), policy.architecture.vocab
         self._publisher = open_publisher(policy, lambda url: Client(url, vocabulary, key), served)
         self._version: int | None = None  # that servers have been brought
+        self._updates: int | None = None  # that the policy had seen then
 
     def open(self) -> bool:
         """Wait until servers are up and everything is found well; False when the run is told to stop meanwhile."""
@@ -161,7 +160,7 @@ class Rollouts:
 
     def publish(self, version: int) -> dict[str, float]:
         """Weights that no server takes, since all are dead or ill, wait until one is back (`_attend`)."""
-        self._version = version
+        self._version, self._updates = version, self._policy.steps + self._policy.skipped
         if self._colocated:
             self._policy.make_room()
         pool = self._thread.session.pool if self._thread is not None else None
@@ -216,8 +215,12 @@ class Rollouts:
 
     @property
     def _behind(self) -> bool:
-        """Has a server come back, or come new, that waits for the present weights? It may be all that there are."""
-        if self._thread is None or self._version is None:
+        """Has a server come back, or come new, that waits for the published weights? It may be all that there are.
+
+        Steps that the bank held already are learned from without a word to servers; what the policy is by then has no version
+        of its own until it is published.
+        """
+        if self._thread is None or self._updates != self._policy.steps + self._policy.skipped:
             return False
         known = tuple(self._thread.session.pool.fleet.workers.values())  # at once: in their thread some may come or go
         return any(isinstance(worker.health, Outdated) for worker in known)

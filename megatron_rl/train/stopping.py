@@ -67,7 +67,9 @@ class Stopper:
             continue
         begun = time.monotonic()
         while number and not self._left.wait(GLANCE):
-            if time.monotonic() - begun > (self._grace if self.learns else min(self._grace, HURRY)):
+            patience = self._grace if self.learns else min(self._grace, HURRY)
+            if time.monotonic() - begun > patience:
+                limit = " (checkpoint.grace_seconds)" if patience == self._grace else ""
                 saved = "what the last checkpoint has is kept" if self.learns else "there was nothing to save yet"
-                print(f"told to stop, and not done in time (checkpoint.grace_seconds): ended, {saved}", file=sys.stderr)
+                print(f"told to stop, and not done within {patience:g} s{limit}: ended, {saved}", file=sys.stderr)
                 os._exit(128 + number[0])

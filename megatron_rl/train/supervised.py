@@ -28,7 +28,7 @@ from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.state import load_policy, save_policy
 from megatron_rl.train.clock import Clock
-from megatron_rl.train.folder import begin
+from megatron_rl.train.folder import SUPERVISED_RUN, begin, require_kind
 from megatron_rl.train.run_state import SUPERVISED, tidy
 from megatron_rl.train.stopping import Stopper
 from megatron_rl.train.telling import run_record, supervised_record
@@ -88,6 +88,8 @@ def main(
         raise SettingsError(
             f"run.directory={settings.run.directory} already holds {present.name}. Continue with --resume, or choose another."
         )
+    if launch.rank == 0:
+        require_kind(settings, SUPERVISED_RUN)
     lessons = open_lessons(settings, console) if launch.rank == 0 else None
     with _opened(settings, launch) as policy, Stopper(settings.checkpoint.grace_seconds) as stopper:
         latest = policy.layout.from_main(present)
@@ -100,7 +102,7 @@ def main(
         def start() -> None:
             if policy.layout.is_main:
                 tidy(settings)
-                begin(settings)
+                begin(settings, SUPERVISED_RUN)
             for observer in told:
                 observer.started(record, done)
 

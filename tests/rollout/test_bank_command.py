@@ -161,6 +161,7 @@ def test_stats_sums_every_step_up(home: Path) -> None:
         (["show", "HOME", "--step", 7], "has no sealed step 7. It has 0, 1"),
         (["grep", "HOME", "("], "PATTERN = (: missing )"),
         (["show", "HOME", "--min-reward", 2, "--max-reward", 1], "--min-reward 2 is above --max-reward 1"),
+        (["show", "HOME", "--reward", "exakt"], "--reward exakt: no sample has a component of this name. There is exact"),
         (["show", "HOME", "--tokenizer", "/nowhere"], "`bank show --ids` needs none"),
         (["export", "HOME", "out.csv"], "Use one of .jsonl, .parquet"),
         (["export", "HOME", "no/such/folder/out.jsonl"], "is not a folder"),

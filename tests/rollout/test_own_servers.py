@@ -12,7 +12,7 @@ import pytest
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
-from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
+from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks, served_model
 from megatron_rl.rollout.server import Server, ServerOptions, ServerStartError
 from megatron_rl.rollout.serving import serve
 from megatron_rl.rollout.urls_file import announced, read_urls
@@ -68,6 +68,23 @@ def test_gpus_are_dealt_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpus(monkeypatch, "4,5,GPU-a,7", *two_by_two) == [("4", "5"), ("GPU-a", "7")]
     assert on_gpus(monkeypatch, "0", *two_by_two, "servers.gpus=[3,2,1,0]") == [(3, 2), (1, 0)]
     assert on_gpus(monkeypatch, "0,1,2,3", "sglang.tensor_parallel_size=2", "sglang.pp-size=2") == [("0", "1", "2", "3")]
+
+
+def test_the_trainers_gpus_get_as_many_servers_as_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_gpus(monkeypatch, "4,5,6,7", "servers.placement=colocated", "sglang.tp_size=2") == [("4", "5"), ("6", "7")]
+    assert on_gpus(monkeypatch, "4,5,6", "servers.placement=colocated", "servers.gpus=[6]") == [(6,)]
+    assert on_gpus(monkeypatch, "4,5,6,7", "servers.placement=colocated", "servers.count=1") == [("4",)]
+    assert on_gpus(monkeypatch, "4,5,6,7", "servers.placement=colocated", "servers.urls=[http://a:1]") == []
+    assert on_gpus(monkeypatch, "4,5,6,7") == [("4",)]
+
+
+def test_the_served_folder_is_known_where_no_gpu_is(tmp_path: Path) -> None:
+    """Every rank asks, also on machines that have none of the GPUs of `servers.gpus`."""
+    (tmp_path / "config.json").write_text("{}")
+    names = [f"servers.model={tmp_path}", "device.kind=cuda", "servers.gpus=[99,99]", "servers.count=2"]
+    assert served_model(settings(*names)) == tmp_path
+    assert served_model(settings(*names, "servers.count=0")) is None
+    assert served_model(settings("servers.model=a-name-of-a-hub")) is None
 
 
 def test_servers_on_the_trainers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

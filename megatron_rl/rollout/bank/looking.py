@@ -51,6 +51,21 @@ class Wanted:
         )
 
 
+def require_reward(reader: BankReader, name: str, step: int | None = None) -> None:
+    """Raise a BankError where no sample has a component of this name."""
+    known: set[str] = set()
+    for number in reader.steps() if step is None else [step]:
+        with reader.step(number) as sealed:
+            known |= {column.removeprefix(REWARD) for column in sealed.column_names if column.startswith(REWARD)}
+    if step is None:
+        for group in (*reader.waiting(), *reader.carried()):
+            known |= {component for sample in group.samples for component in sample.rewards}
+    if name not in known:
+        raise BankError(
+            f"--reward {name}: no sample has a component of this name. There is {', '.join(sorted(known)) or 'none'}."
+        )
+
+
 def samples(
     reader: BankReader,
     wanted: Wanted,
