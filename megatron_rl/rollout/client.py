@@ -13,10 +13,10 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -293,7 +293,7 @@ class Client:
 
     async def healthy(self) -> bool:
         """Whether the server generates: it is asked for a token, unless it is busy making some."""
-        return await self._connection.status("/health_generate") == httpx.codes.OK
+        return await self._connection.status("/health_generate") == HTTPStatus.OK
 
     async def model_info(self) -> ModelInfo:
         reply = await self._connection.ask("/model_info")
@@ -305,7 +305,7 @@ class Client:
         try:
             reply = await self._connection.ask("/workers")
         except Refused as refused:
-            if refused.status == httpx.codes.NOT_FOUND:
+            if refused.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
         with self._connection.trusting("/workers"):
@@ -356,7 +356,7 @@ class Client:
         reply = await self._connection.call(endpoint, body, self.patience.update)
         with self._connection.trusting(endpoint):
             if not replies.member(reply, "success", bool):
-                raise Refused(self.url, endpoint, replies.member(reply, "message", str), httpx.codes.BAD_REQUEST)
+                raise Refused(self.url, endpoint, replies.member(reply, "message", str), HTTPStatus.BAD_REQUEST)
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Tokens that the server survives: at least one, all of the vocabulary."""

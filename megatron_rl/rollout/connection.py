@@ -1,19 +1,24 @@
-"""HTTP to one server: requests, streams, and what goes wrong on the way as our own errors."""
+"""HTTP to one server: requests, streams, and what goes wrong on the way as our own errors.
+
+By aiohttp, because one event loop talks to all servers of a run: a request costs it the same however many others are under way.
+"""
 
 import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_rl.rollout.errors import BadReply, Refused, TimedOut, Unreachable
 from megatron_rl.rollout.replies import Untrusted
 
 DATA, DONE = b"data:", b"[DONE]"  # of server-sent events
 SHOWN = 200  # characters of a reply that an error shows
+IDLE_SECONDS = 2.0  # that a connection is kept for the next request; SGLang closes it after 5
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,36 @@ class Connection:
         self.url = url.rstrip("/")
         self.patience = patience
         self._held = False
-        self._unhurried = httpx.Timeout(None, connect=patience.connect)  # a stream is timed by what it says
         self._silences: set[asyncio.Timeout] = set()  # of the streams that run
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(patience.answer, connect=patience.connect, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # a proxy of the environment would sit between us and the next machine, and cut streams short
-        )
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._opened: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        await self._http.aclose()
+        if self._opened is not None:
+            await self._opened.close()
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        """Opened at the first request, since it belongs to the event loop that asks."""
+        if self._opened is None:
+            self._opened = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,  # a proxy of the environment would sit between us and the next machine, and cut streams short
+            )
+        return self._opened
+
+    def _timeout(self, seconds: float | None) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=seconds, sock_connect=self.patience.connect)
 
     async def ask(self, endpoint: str) -> Mapping[str, Any]:
         """GET a JSON object."""
-        return self._object(endpoint, await self._send("GET", endpoint, None, self.patience.answer))
+        return self._json(endpoint, await self._send("GET", endpoint, None, self.patience.answer))
 
     async def call(self, endpoint: str, body: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         """POST, and get a JSON object."""
-        return self._object(endpoint, await self._send("POST", endpoint, body, seconds))
+        return self._json(endpoint, await self._send("POST", endpoint, body, seconds))
 
     async def tell(self, endpoint: str, body: Mapping[str, Any] | None, seconds: float) -> None:
         """POST where the answer says nothing but whether it went well."""
@@ -60,36 +75,34 @@ class Connection:
 
     async def status(self, endpoint: str) -> int:
         """The status of a GET, whatever it is."""
-        with self._mapping(endpoint):
-            return (await self._http.get(endpoint)).status_code
+        async with self._asking("GET", endpoint, None, self._timeout(self.patience.answer)) as response:
+            return response.status
 
     async def events(self, endpoint: str, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any]]:
         """The events of a stream until its end mark. A silence too long is TimedOut, an end without the mark BadReply.
 
         Leaving early closes the connection, at which the server aborts the request.
         """
-        request = self._http.build_request("POST", endpoint, json=body, timeout=self._unhurried)
-        with self._mapping(endpoint):
-            async with self._listening():
-                response = await self._http.send(request, stream=True)
-            try:
-                if response.status_code != httpx.codes.OK:
-                    async with self._listening():
-                        await response.aread()
-                    self._refuse(endpoint, response)
-                lines = split_lines(response.aiter_bytes())
-                while True:
-                    async with self._listening():
-                        line = await anext(lines, None)
-                    if line is None:
-                        raise BadReply(self.url, endpoint, "the stream was cut short")
-                    if line.strip():
-                        event = self._event(endpoint, line)
-                        if event is None:
-                            return
+        unhurried = self._timeout(None)  # a stream is timed by what it says
+        async with contextlib.AsyncExitStack() as stack:
+            async with self._listening(endpoint):
+                response = await stack.enter_async_context(self._asking("POST", endpoint, body, unhurried))
+            if response.status != HTTPStatus.OK:
+                async with self._listening(endpoint):
+                    self._refuse(endpoint, response.status, await response.read())
+            lines, ended = split_lines(response.content.iter_any()), False
+            while True:
+                async with self._listening(endpoint):
+                    line = await anext(lines, None)
+                if line is None and not ended:
+                    raise BadReply(self.url, endpoint, "the stream was cut short")
+                if line is None:
+                    return  # read to its end, so that the connection can be used again
+                if line.strip() and not ended:
+                    event = self._event(endpoint, line)
+                    ended = event is None
+                    if event is not None:
                         yield event
-            finally:
-                await response.aclose()
 
     def hold(self) -> None:
         """The server pauses: silence is to be expected."""
@@ -111,23 +124,37 @@ class Connection:
         except Untrusted as error:
             raise BadReply(self.url, endpoint, str(error)) from error
 
-    async def _send(self, method: str, endpoint: str, body: Mapping[str, Any] | None, seconds: float) -> httpx.Response:
-        timeout = httpx.Timeout(seconds, connect=self.patience.connect, pool=None)
-        with self._mapping(endpoint):
-            response = await self._http.request(method, endpoint, json=body, timeout=timeout)
-        if response.status_code != httpx.codes.OK:
-            self._refuse(endpoint, response)
-        return response
+    async def _send(self, method: str, endpoint: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
+        async with self._asking(method, endpoint, body, self._timeout(seconds)) as response:
+            content = await response.read()
+            if response.status != HTTPStatus.OK:
+                self._refuse(endpoint, response.status, content)
+            return content
 
     @contextlib.asynccontextmanager
-    async def _listening(self) -> AsyncIterator[None]:
+    async def _asking(
+        self, method: str, endpoint: str, body: Mapping[str, Any] | None, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The beginning of a response. Left before its end is read, the connection is closed."""
+        asked = self._http.request(method, f"{self.url}{endpoint}", json=body, timeout=timeout, allow_redirects=False)
+        with self._mapping(endpoint):
+            async with asked as response:
+                yield response
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, endpoint: str) -> AsyncIterator[None]:
         """As long as a silence may be; while the server is held, as long as it takes."""
-        async with asyncio.timeout_at(self._deadline()) as silence:
-            self._silences.add(silence)
-            try:
+        silence = asyncio.timeout_at(self._deadline())
+        self._silences.add(silence)
+        try:
+            async with silence:
                 yield
-            finally:
-                self._silences.discard(silence)
+        except TimeoutError as error:
+            if silence.expired():
+                raise TimedOut(self.url, endpoint, f"silent for {self.patience.silence:g} s") from error
+            raise
+        finally:
+            self._silences.discard(silence)
 
     def _deadline(self) -> float | None:
         return None if self._held else asyncio.get_running_loop().time() + self.patience.silence
@@ -143,12 +170,9 @@ class Connection:
         if "error" in event:
             error = event["error"] if isinstance(event["error"], dict) else {}
             code = error.get("code")
-            status = code if isinstance(code, int) else httpx.codes.INTERNAL_SERVER_ERROR
+            status = code if isinstance(code, int) else HTTPStatus.INTERNAL_SERVER_ERROR
             raise Refused(self.url, endpoint, str(error.get("message", event["error"]))[:SHOWN], status)
         return event
-
-    def _object(self, endpoint: str, response: httpx.Response) -> Mapping[str, Any]:
-        return self._json(endpoint, response.content)
 
     def _json(self, endpoint: str, text: bytes) -> Mapping[str, Any]:
         try:
@@ -159,32 +183,28 @@ class Connection:
             raise BadReply(self.url, endpoint, f"a JSON object was expected: {text[:SHOWN]!r}")
         return value
 
-    def _refuse(self, endpoint: str, response: httpx.Response) -> None:
+    def _refuse(self, endpoint: str, status: int, content: bytes) -> None:
         """Raise what an answer other than 200 says, in the server's own words where it has some."""
-        words = response.text.strip()
+        words = content.decode(errors="replace").strip()
         with contextlib.suppress(ValueError):
             told = json.loads(words)
             if isinstance(told, dict):
                 error = told.get("error", told.get("message", told.get("detail", words)))
                 words = str(error.get("message", error) if isinstance(error, dict) else error)
-        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             words = f"{words}. Give the server's API key (servers.api_key_file)"
-        raise Refused(self.url, endpoint, words[:SHOWN] or "refused without a word", response.status_code)
+        raise Refused(self.url, endpoint, words[:SHOWN] or "refused without a word", status)
 
     @contextlib.contextmanager
     def _mapping(self, endpoint: str) -> Iterator[None]:
-        """httpx's errors as ours."""
+        """aiohttp's errors as ours."""
         try:
             yield
-        except httpx.TimeoutException as error:
+        except TimeoutError as error:  # aiohttp's own among them
             raise TimedOut(self.url, endpoint, f"no answer in time ({type(error).__name__})") from error
-        except TimeoutError as error:
-            raise TimedOut(self.url, endpoint, f"silent for {self.patience.silence:g} s") from error
-        except httpx.RemoteProtocolError as error:
+        except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as error:
             raise BadReply(self.url, endpoint, f"not HTTP, or cut short: {error}") from error
-        except httpx.DecodingError as error:
-            raise BadReply(self.url, endpoint, f"cannot be decoded: {error}") from error
-        except httpx.TransportError as error:
+        except (aiohttp.ClientError, OSError) as error:  # the latter of a connection that breaks while it is written to
             raise Unreachable(self.url, endpoint, str(error) or type(error).__name__) from error
 
 

@@ -1,6 +1,7 @@
 """A stream of events as it comes from the network: in pieces of any size, with anything in them that a model can say."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.rollout.connection import Connection, Patience, split_lines
-from megatron_rl.rollout.errors import BadReply
+from megatron_rl.rollout.errors import BadReply, Refused, ServerError, Unreachable
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 SAID = "one\u2028two\x85three\x0bfour\x1efive\rsix\x0cseven"  # nothing here ends a line of the stream
 
 
@@ -29,12 +31,12 @@ def test_lines_are_the_same_wherever_the_network_cuts(lines: list[bytes], cuts: 
     assert asyncio.run(read()) == lines
 
 
-async def events(answer: bytes) -> list[object]:
+async def events(answer: bytes, head: bytes = OK) -> list[object]:
     """What is read from a server that answers so to every request."""
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + answer)
+        writer.write(head + answer)
         await writer.drain()
         writer.close()
 
@@ -66,3 +68,55 @@ def test_an_event_holds_whatever_a_model_says() -> None:
 def test_streams_that_cannot_be_trusted(stream: bytes, said: str) -> None:
     with pytest.raises(BadReply, match=said):
         asyncio.run(events(stream))
+
+
+@pytest.mark.parametrize(
+    ("stream", "error", "said"),
+    [
+        (b"", Unreachable, "/generate: "),
+        (b"SMTP ready\r\n\r\n", BadReply, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\ndata: [DONE]\n\n", BadReply, "cut short"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ndata: {", BadReply, "cut short"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", Refused, "HTTP 302"),
+        (b"HTTP/1.1 401 No\r\nContent-Length: 2\r\n\r\nno", Refused, "no. Give the server's API key"),
+    ],
+    ids=["hung up", "not http", "half a body", "half a chunk", "elsewhere", "no key"],
+)
+def test_servers_that_break_off(stream: bytes, error: type[ServerError], said: str) -> None:
+    with pytest.raises(error, match=said):
+        asyncio.run(events(stream, head=b""))
+
+
+def test_requests_share_a_connection_when_a_stream_was_read_to_its_end() -> None:
+    """And one that is left early is closed: at that the server aborts its request."""
+    came: list[asyncio.StreamWriter] = []
+    left = asyncio.Event()
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(writer)
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n{}")
+                for said in (b'data: {"a": 1}\n\n', b'data: {"a": 2}\n\n', b"data: [DONE]\n\n"):
+                    writer.write(head + b"%x\r\n%s\r\n" % (len(said), said))
+                    head = b""
+                    await asyncio.sleep(0)
+                writer.write(b"0\r\n\r\n")
+                head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        left.set()
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            connection = Connection(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, Patience())
+            for _ in range(3):
+                assert [event async for event in connection.events("/generate", {})] == [{"a": 1}, {"a": 2}]
+            assert len(came) == 1 and not left.is_set()
+            async with contextlib.aclosing(connection.events("/generate", {})) as early:
+                assert await anext(early) == {"a": 1}
+            async with asyncio.timeout(10):
+                await left.wait()
+            await connection.close()
+
+    asyncio.run(ask())
