@@ -6,6 +6,7 @@ By aiohttp, because one event loop talks to all servers of a run: a request cost
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -204,6 +205,9 @@ class Connection:
             raise TimedOut(self.url, endpoint, f"no answer in time ({type(error).__name__})") from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as error:
             raise BadReply(self.url, endpoint, f"not HTTP, or cut short: {error}") from error
+        except aiohttp.ClientConnectorError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise Unreachable(self.url, endpoint, f"no connection ({reason})") from error
         except (aiohttp.ClientError, OSError) as error:  # the latter of a connection that breaks while it is written to
             raise Unreachable(self.url, endpoint, str(error) or type(error).__name__) from error
 
