@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 
 from megatron_rl.config.rollout_settings import ServerSettings
@@ -56,17 +56,17 @@ def prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
 async def bare(url: str, asked: list[list[int]], tokens: int) -> int:
     """Every request at once, no check of anything; returns the tokens that came."""
 
-    async def one(client: httpx.AsyncClient, prompt: list[int]) -> int:
+    async def one(client: aiohttp.ClientSession, prompt: list[int]) -> int:
         body: dict[str, Any] = {
             "input_ids": prompt,
             "sampling_params": {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True},
             "return_logprob": True,
         }
-        reply = await client.post("/generate", json=body)
-        return len(json.loads(reply.content)["output_ids"])
+        async with client.post("/generate", json=body) as reply:
+            return len(json.loads(await reply.read())["output_ids"])
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+    unhurried = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, timeout=unhurried, connector=aiohttp.TCPConnector(limit=0)) as client:
         return sum(await asyncio.gather(*(one(client, prompt) for prompt in asked)))
 
 
@@ -79,8 +79,8 @@ async def ours(pool: Pool, asked: list[list[int]], tokens: int) -> int:
 
 async def timed(url: str, work: Awaitable[int]) -> Round:
     """On a server with an empty prefix cache."""
-    async with httpx.AsyncClient(base_url=url) as client:
-        await client.post("/flush_cache")
+    async with aiohttp.ClientSession(url) as client, client.post("/flush_cache"):
+        pass
     began, cpu = time.perf_counter(), time.process_time()
     tokens = await work
     return Round(tokens, time.perf_counter() - began, time.process_time() - cpu)

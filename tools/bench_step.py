@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import httpx
+import aiohttp
 from rich.progress import track
 
 from megatron_rl.train.upstream import quiet_upstream
@@ -99,13 +99,16 @@ def bench_settings(arguments: argparse.Namespace, folder: Path, url: str, number
 async def bare_rollout(url: str, step: SealedStep) -> None:
     samples = step.samples(range(step.rows), routing=False)
 
-    async def one(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> None:
+    async def one(client: aiohttp.ClientSession, prompt: list[int], tokens: int) -> None:
         sampling = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
-        reply = await client.post("/generate", json={"input_ids": prompt, "sampling_params": sampling, "return_logprob": True})
-        json.loads(reply.content)
+        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+        async with client.post("/generate", json=body) as reply:
+            json.loads(await reply.read())
 
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None)) as client:
-        await client.post("/flush_cache")
+    unhurried = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, timeout=unhurried, connector=aiohttp.TCPConnector(limit=0)) as client:
+        async with client.post("/flush_cache"):
+            pass
         asked = ((s.tokens[: s.prompt_length].tolist(), s.length - s.prompt_length) for s in samples)
         await asyncio.gather(*(one(client, prompt, tokens) for prompt, tokens in asked))
 

@@ -72,4 +72,6 @@ def test_publish_says_what_it_wants_and_what_it_did_not_do(tmp_path: Path) -> No
     wrong = CliRunner().invoke(app, ["publish", str(tmp_path / "model"), "--server", "127.0.0.1:9"])
     assert wrong.exit_code == 2 and "expected a server's address, such as http://127.0.0.1:30000" in wrong.stderr
     nobody = CliRunner().invoke(app, ["publish", str(tmp_path / "model"), "--server", "http://127.0.0.1:9"])
-    assert nobody.exit_code == 1 and "no connection (Connection refused)" in nobody.stdout and "nothing was sent" in nobody.stdout
+    assert (
+        nobody.exit_code == 1 and "no connection (Connection refused)" in nobody.stdout and "nothing was sent" in nobody.stdout
+    )
