@@ -69,6 +69,11 @@ class Job:
         return stage_parameters(self.layout, self.architecture)
 
     @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Of each layer: does it hold experts?"""
+        return self.architecture.moe_layers or (False,) * self.architecture.layers
+
+    @property
     def nodes(self) -> int:
         """Machines of the policy."""
         return math.ceil(self.world_size / self.settings.cluster.gpus_per_node)

@@ -50,7 +50,7 @@ def rank_memory(job: Job) -> list[RankMemory]:
 
 def _stage(job: Job, stage: int, ranks: range, parameters: Parameters) -> RankMemory:
     layers = [layer for chunk in stage_layers(job.layout, job.architecture)[stage] for layer in chunk]
-    experts = [job.architecture.is_moe and job.architecture.moe_layers[layer] for layer in layers]
+    experts = [job.kinds[layer] for layer in layers]
     boundary = job.local * job.architecture.hidden * job.bytes  # what enters or leaves a stage
     flying = in_flight(job, stage)
     ends = boundary * (1 + (stage == 0) + 2 * (stage == job.layout.pipeline - 1))

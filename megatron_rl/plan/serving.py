@@ -213,10 +213,9 @@ def _operations(job: Job, length: float) -> float:
     architecture = job.architecture
     top_k = architecture.experts.top_k if architecture.experts else 0
     cut = Cut(tokens=1, local=1, routed=top_k, tensor=1, expert=1, expert_tensor=1)
-    layers = [architecture.is_moe and moe for moe in architecture.moe_layers or (False,) * architecture.layers]
-    by_kind = {kind: sum(p.operations for p in layer_products(architecture, kind, cut)) for kind in set(layers)}
+    by_kind = {kind: sum(p.operations for p in layer_products(architecture, kind, cut)) for kind in set(job.kinds)}
     return (
-        sum(by_kind[kind] for kind in layers)
+        sum(by_kind[kind] for kind in job.kinds)
         + architecture.layers * length * pair_operations(architecture)
         + 2 * architecture.hidden * architecture.vocab
     )

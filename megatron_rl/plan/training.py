@@ -68,13 +68,14 @@ def fill(job: Job) -> float:
 
 def _stages(job: Job) -> list[StageTime]:
     layout = job.layout
-    forward = {moe: layer_forward(job, moe).total for moe in (False, True)}
-    backward = {moe: layer_backward(job, moe).total for moe in (False, True)}
+    kinds_there = set(job.kinds)
+    forward = {moe: layer_forward(job, moe).total for moe in kinds_there}
+    backward = {moe: layer_backward(job, moe).total for moe in kinds_there}
     handing_on = _handing_on(job)
     head_forward, head_backward = head_seconds(job)
     stages = []
     for stage, chunks in enumerate(stage_layers(layout, job.architecture)):
-        kinds = [job.architecture.is_moe and job.architecture.moe_layers[layer] for chunk in chunks for layer in chunk]
+        kinds = [job.kinds[layer] for chunk in chunks for layer in chunk]
         last = stage == layout.pipeline - 1
         stages.append(
             StageTime(
@@ -87,7 +88,7 @@ def _stages(job: Job) -> list[StageTime]:
 
 def _parts(job: Job, stage: int) -> Times:
     layers = [layer for chunk in stage_layers(job.layout, job.architecture)[stage] for layer in chunk]
-    moe = sum(job.architecture.is_moe and job.architecture.moe_layers[layer] for layer in layers)
+    moe = sum(job.kinds[layer] for layer in layers)
     counts = {True: moe, False: len(layers) - moe}
     total = Times()
     for kind, count in counts.items():
