@@ -5,7 +5,6 @@ Rows that the shares and costs of h100.yaml were fitted to are marked; the other
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.architecture import Architecture, Experts, LatentAttention, Rope
@@ -13,6 +12,8 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.plan.job import Job, Workload
 from megatron_rl.plan.machine import find_machine
 from megatron_rl.plan.plan import Plan
+from megatron_rl.plan.publishing import publish_seconds
+from megatron_rl.plan.serving import decode_seconds, free_for_servers, rollout_time, server_memory, server_of
 
 NVIDIA = "NVIDIA, Megatron Bridge performance summary, "
 
@@ -37,7 +38,9 @@ QWEN3_30B = mixture(dense(48, 2048, 32, 4, 6144, 151936, "qwen3_moe"), 128, 8, 7
 QWEN3_235B = mixture(dense(94, 4096, 64, 4, 12288, 151936, "qwen3_moe"), 128, 8, 1536)
 MIXTRAL = mixture(dense(32, 4096, 32, 8, 14336, 32000, "mixtral"), 8, 2, 14336)
 DEEPSEEK_V3 = replace(
-    mixture(dense(61, 7168, 128, 128, 18432, 129280, "deepseek_v3"), 256, 8, 2048, shared_hidden=2048, groups=8, top_k_groups=4),
+    mixture(
+        dense(61, 7168, 128, 128, 18432, 129280, "deepseek_v3"), 256, 8, 2048, shared_hidden=2048, groups=8, top_k_groups=4
+    ),
     moe_layers=(False,) * 3 + (True,) * 58,
     latent_attention=LatentAttention(q_lora_rank=1536, kv_lora_rank=512, qk_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
 )
@@ -132,7 +135,71 @@ RUNS = (
 )  # fmt: skip
 
 
-def lines() -> Iterator[str]:
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+GPUSTACK = "GPUStack performance lab, SGLang 0.5.5, ShareGPT, all requests at once"
+QWEN3_14B = dense(40, 5120, 40, 8, 17408, 151936, "qwen3")
+
+
+@dataclass(frozen=True)
+class Served:
+    """Something that servers did, as it was published, and the plan's number for the same."""
+
+    what: str
+    model: Architecture
+    sglang: dict[str, Any]
+    work: Workload
+    unit: str  # seconds until the last response has ended, or tokens a second and GPU when all requests run, or to publish
+    measured: float
+    source: str
+    fitted: bool = False
+
+    @property
+    def predicted(self) -> float:
+        colocated = {"placement": "colocated"} if self.unit == PUBLISH else {}
+        settings = Settings.model_validate({"policy": {"config": self.what}, "sglang": self.sglang, "servers": colocated})
+        job = Job(settings, self.model, 8, find_machine("h100"), self.work)
+        server = server_of(settings)
+        if self.unit == PUBLISH:
+            return publish_seconds(job, server, 8 // server.gpus)
+        if self.unit == SECONDS:
+            return rollout_time(job, server, server_memory(job, server, free_for_servers(job, 0)), 1).seconds
+        length = self.work.prompt + self.work.response / 2
+        return self.work.groups / decode_seconds(job, server, self.work.groups, length) / server.gpus
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+SECONDS, RATE, PUBLISH = "s for all responses", "tokens/s and GPU", "s to publish"
+LARGE_SCALE = {"tp_size": 72, "dp_size": 72, "enable_dp_attention": True, "quantization": "fp8"}
+
+SERVED = (
+    Served("Qwen3 14B, bfloat16, 1 GPU, 1,000 requests", QWEN3_14B, {}, Workload(1000, 1, 217, 202, 1500), SECONDS, 49.9, GPUSTACK),
+    Served("Qwen3 14B, FP8, 1 GPU, 1,000 requests", QWEN3_14B, {"quantization": "fp8"}, Workload(1000, 1, 217, 202, 1500),
+           SECONDS, 40.2, GPUSTACK),
+    Served("Qwen3 235B-A22B, bfloat16, tp_size 8, 984 requests", QWEN3_235B, {"tp_size": 8}, Workload(984, 1, 218, 197, 1500),
+           SECONDS, 53.2, GPUSTACK),
+    Served("DeepSeek-V3, FP8, 72 GPUs, 256 requests on each", DEEPSEEK_V3, LARGE_SCALE, Workload(256 * 72, 1, 2000, 100, 100),
+           RATE, 22300 / 8, "LMSYS blog of 2025-05-05: 22,300 tokens a second and node of decoding, with two-batch overlap"),
+    Served("Qwen3 30B-A3B to servers on its own 8 GPUs", QWEN3_30B, {"tp_size": 8}, Workload(1, 1, 1, 1, 1), PUBLISH, 7.0,
+           "slime, blog on weight synchronisation, 2025", fitted=True),
+)  # fmt: skip
+
+
+def served_lines() -> Iterator[str]:
+    """The table as Markdown."""
+    yield "| servers on H100 | published | plan | error | source |"
+    yield "| --- | --- | --- | --- | --- |"
+    for run in SERVED:
+        mark = " (fitted)" if run.fitted else ""
+        yield (
+            f"| {run.what} | {run.measured:,.4g} {run.unit} | {run.predicted:,.4g} | {run.error:+.0%}{mark} | {run.source} |"
+        )
+
+
+def training_lines() -> Iterator[str]:
     """The table as Markdown."""
     yield "| run | GPUs | format | layout | published | plan | error | source |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -146,5 +213,4 @@ def lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(lines()))
-    print(Path(__file__).name)
+    print("\n".join([*training_lines(), "", *served_lines()]))

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.counting import Parameters, stage_parameters
@@ -66,7 +67,8 @@ class Job:
     @cached_property
     def stages(self) -> list[Parameters]:
         """What a rank of each pipeline stage holds."""
-        return stage_parameters(self.layout, self.architecture)
+        named = ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "pipeline_layers")
+        return _held(self.architecture, **{name: getattr(self.layout, name) for name in named})
 
     @property
     def kinds(self) -> tuple[bool, ...]:
@@ -120,6 +122,12 @@ class Job:
     def context_tokens(self) -> float:
         """Tokens of a full pack on a context rank: what attention's and dense products see."""
         return self.pack / self.layout.context
+
+
+@cache
+def _held(architecture: Architecture, **sizes: Any) -> list[Parameters]:
+    """Kept, since a search over layouts asks again and again: by the sizes alone that matter."""
+    return stage_parameters(LayoutSettings(**sizes), architecture)
 
 
 def workload_of(settings: Settings, prompt: int | None, response: int | None) -> Workload:

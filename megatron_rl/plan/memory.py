@@ -1,6 +1,6 @@
 """What every rank of the policy holds: exact for weights, gradients and optimizer state, reckoned for activations."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 
 from megatron_rl.config.counting import Parameters
@@ -43,14 +43,28 @@ class RankMemory:
 def rank_memory(job: Job) -> list[RankMemory]:
     """Of one rank of each pipeline stage."""
     size = stage_size(job.layout, job.world_size)
-    return [
-        _stage(job, stage, range(stage * size, (stage + 1) * size), parameters) for stage, parameters in enumerate(job.stages)
-    ]
+    sizes = {moe: LayerMemory.of(job, moe) for moe in set(job.kinds)}
+    stages = stage_layers(job.layout, job.architecture)
+    found = []
+    for stage, (parameters, chunks) in enumerate(zip(job.stages, stages, strict=True)):
+        layers = [sizes[job.kinds[layer]] for chunk in chunks for layer in chunk]
+        found.append(_stage(job, stage, range(stage * size, (stage + 1) * size), parameters, layers))
+    return found
 
 
-def _stage(job: Job, stage: int, ranks: range, parameters: Parameters) -> RankMemory:
-    layers = [layer for chunk in stage_layers(job.layout, job.architecture)[stage] for layer in chunk]
-    experts = [job.kinds[layer] for layer in layers]
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of a pack that a layer keeps: with what is recomputed left out, and all of it."""
+
+    kept: float
+    whole: float
+
+    @classmethod
+    def of(cls, job: Job, moe: bool) -> "LayerMemory":
+        return cls(kept_activations(job, moe), sum(layer_activations(job, moe).values()))
+
+
+def _stage(job: Job, stage: int, ranks: range, parameters: Parameters, layers: list[LayerMemory]) -> RankMemory:
     boundary = job.local * job.architecture.hidden * job.bytes  # what enters or leaves a stage
     flying = in_flight(job, stage)
     ends = boundary * (1 + (stage == 0) + 2 * (stage == job.layout.pipeline - 1))
@@ -63,9 +77,9 @@ def _stage(job: Job, stage: int, ranks: range, parameters: Parameters) -> RankMe
         gradients=parameters.total * GRADIENT,
         optimizer=_optimizer(job, parameters),
         fp8_weights=2 * in_layers if job.fp8 else 0,
-        activations=ceil(flying * (_kept(job, experts) + ends)),
+        activations=ceil(flying * (_kept(job, layers) + ends)),
         in_flight=flying,
-        working=ceil(_working(job, experts)),
+        working=ceil(_working(job, layers)),
         head=ceil(head_bytes(job)) if stage == job.layout.pipeline - 1 else 0,
         publishing=BUCKETS * job.settings.publish.bucket_bytes,
     )
@@ -91,27 +105,22 @@ def in_flight(job: Job, stage: int) -> float:
     return (2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1) / virtual
 
 
-def _kept(job: Job, experts: list[bool]) -> float:
+def _kept(job: Job, layers: list[LayerMemory]) -> float:
     """Bytes that a stage's layers keep of one pack."""
     recompute = job.settings.recompute
     if recompute.mode != "full":
-        return sum(kept_activations(job, moe) for moe in experts)
+        return sum(layer.kept for layer in layers)
     inputs = job.local * job.architecture.hidden * job.bytes
     if recompute.method == "uniform":
-        return inputs * ceil(len(experts) / recompute.layers)
-    per_chunk = len(experts) / job.layout.virtual_pipeline
+        return inputs * ceil(len(layers) / recompute.layers)
+    per_chunk = len(layers) / job.layout.virtual_pipeline
     again = round(min(recompute.layers, per_chunk) * job.layout.virtual_pipeline)
-    return inputs * again + sum(sum(layer_activations(job, moe).values()) for moe in experts[again:])
+    return inputs * again + sum(layer.whole for layer in layers[again:])
 
 
-def _working(job: Job, experts: list[bool]) -> float:
+def _working(job: Job, layers: list[LayerMemory]) -> float:
     """The largest layer's activations: its gradients in the backward pass, or what is computed again."""
-    largest = max((sum(layer_activations(job, moe).values()) for moe in set(experts)), default=0.0)
+    largest = max((layer.whole for layer in layers), default=0.0)
     recompute = job.settings.recompute
     units = recompute.layers + 1 if recompute.mode == "full" and recompute.method == "uniform" else 1
     return largest * units
-
-
-def parameter_kinds(parameters: Parameters) -> dict[str, int]:
-    """Numbers of parameters by kind, without kinds that there are none of."""
-    return {kind.name: count for kind in fields(parameters) if (count := getattr(parameters, kind.name))}

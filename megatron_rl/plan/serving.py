@@ -116,8 +116,9 @@ def server_parameters(architecture: Architecture, server: Server) -> Parameters:
     layers = range(math.ceil(architecture.layers / server.pipeline))
     rows = math.ceil(padded_vocab(architecture.vocab) / server.tensor)
     ends = server.pipeline == 1
-    experts = Shards(server.tensor, math.gcd(server.tensor, architecture.experts.count) if architecture.experts else 1)
-    whole = chunk_parameters(architecture, layers, experts, rows, first=True, last=ends)
+    expert = math.gcd(server.tensor, architecture.experts.count) if architecture.experts else 1
+    cut = Shards(server.tensor, expert, server.tensor // expert)  # experts are dealt to ranks, or cut in width: as many bytes
+    whole = chunk_parameters(architecture, layers, cut, rows, first=True, last=ends)
     attention = chunk_parameters(architecture, layers, Shards(server.attention_tensor), rows, first=True, last=ends).attention
     copied = 0.0
     if architecture.latent_attention is None:  # key-value heads: at least one on each rank
@@ -200,12 +201,17 @@ def decode_seconds(job: Job, server: Server, requests: float, length: float) -> 
 
 
 def _collectives(job: Job, server: Server, requests: float) -> float:
-    """Two all-reduces a layer over tensor ranks."""
+    """Two all-reduces a layer over tensor ranks. Where attention is copied instead, tokens go to their experts and back: there
+    in the format of the weights."""
     if server.tensor == 1:
         return 0.0
+    architecture = job.architecture
     speed, latency = job.machine.link(server.tensor)
-    moved = requests / server.data * job.architecture.hidden * server.plain_bytes * 2 * (server.tensor - 1) / server.tensor
-    return job.architecture.layers * 2 * (moved / speed + latency / 2)
+    tokens = requests / server.data * architecture.hidden * (server.tensor - 1) / server.tensor
+    if server.data > 1:
+        copies = min(server.data, architecture.experts.top_k) if architecture.experts else 1
+        return architecture.layers * (tokens * copies * (server.weight_bytes + server.plain_bytes) / speed + latency)
+    return architecture.layers * 2 * (tokens * server.plain_bytes * 2 / speed + latency / 2)
 
 
 def _operations(job: Job, length: float) -> float:
