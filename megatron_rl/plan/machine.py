@@ -60,6 +60,7 @@ class Costs(Section):
     server_layer_us: PositiveFloat = Field(description="The same for each of its layers: kernels too small to fill the device.")
     imbalance: float = Field(ge=1, description="Tokens of the busiest expert rank over the mean.")
     packing: float = Field(gt=0, le=1, description="How full packs are on average.")
+    publish_s: float = Field(ge=0, description="Seconds of a publish beside its bytes: asking, pausing, naming, probing.")
 
 
 class Machine(Section):

@@ -18,7 +18,7 @@ def transport(job: Job) -> str:
 
 
 def publish_seconds(job: Job, server: Server, servers: int) -> float:
-    """One publish: the slower of gathering and sending a model's bytes, then what servers take to put them in place.
+    """One publish: the slower of gathering and sending a model's bytes, what servers take to put them in place, and a fixed part.
 
     broadcast: each sending machine gathers the whole model and sends it to its share of the servers, one after the other.
     tensor: each machine's ranks gather the whole model for the server on their GPUs, and hand it over in place.
@@ -33,11 +33,11 @@ def publish_seconds(job: Job, server: Server, servers: int) -> float:
     loading = size / (machine.load_gb_s * 1e9)
     match transport(job):
         case "disk":
-            writing = size / (machine.disk_gb_s * 1e9 * nodes)
-            return writing + size / (machine.disk_gb_s * 1e9) + loading
+            disk = machine.disk_gb_s * 1e9
+            travelling = size / (disk * nodes) + size / disk
         case "tensor":
-            return gathering + loading
+            travelling = gathering
         case _:
             senders = min(job.settings.publish.senders or nodes, max(1, servers))
-            sending = size * math.ceil(servers / senders) / between
-            return max(gathering, sending) + loading
+            travelling = max(gathering, size * math.ceil(servers / senders) / between)
+    return travelling + loading + machine.costs.publish_s
