@@ -1,12 +1,8 @@
-"""What a rank holds against a policy that is there, and what its layers keep against what autograd saves."""
+"""What a rank holds against a policy that is there, and what must hold of activations."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from megatron_rl.plan.activations import kept_activations, layer_activations
 from megatron_rl.plan.job import Job
@@ -14,12 +10,9 @@ from megatron_rl.plan.machine import find_machine
 from megatron_rl.plan.memory import rank_memory
 from megatron_rl.plan.plan import Plan
 from megatron_rl.policy.policy import Policy
-from megatron_rl.types import Sequence
 from tests.config.models import LATENT, MOE
 from tests.plan.jobs import WORK, job
 from tests.policy.single import opened, tiny_settings
-
-FAMILIES = ("qwen3_moe", "deepseek_v3", "qwen3")
 
 
 def planned(policy: Policy) -> Job:
@@ -40,22 +33,6 @@ def test_state_of_a_policy(dtype: str, distributed: bool, tmp_path: Path) -> Non
         assert 0 <= gradients - rank.gradients <= 4096 * len(buffers)
         held = sum(tensor.nbytes for state in policy.optimizer.states() for tensor in state.tensors.values())
         assert held == rank.optimizer
-
-
-def saved_bytes(work: Callable[[], Any], parameters: set[int]) -> int:
-    """Of all storages that autograd keeps for the backward pass, those of parameters apart."""
-    found: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = work()
-    assert result is not None
-    return sum(found.values())
 
 
 def test_full_recomputation_keeps_inputs_alone() -> None:
@@ -90,8 +67,3 @@ def test_a_peak_is_what_stands_in_its_row() -> None:
     for rank in Plan(job(LATENT, 16, layout={"tensor": 2, "pipeline": 4, "expert": 2, "pipeline_layers": [1, 3, 3, 1]})).ranks:
         training = rank.activations + max(rank.working, rank.head)
         assert rank.peak == rank.weights + rank.gradients + rank.optimizer + max(training, rank.publishing)
-
-
-def sequence(tokens: int, seed: int) -> Sequence:
-    ids = np.random.default_rng(seed).integers(0, 100, tokens)
-    return Sequence(index=seed, tokens=ids, mask=np.ones(tokens, dtype=bool))
