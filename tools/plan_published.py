@@ -1,6 +1,6 @@
-"""Published runs, and what the plan says of them: the comparison in docs/clusters.md. `python tools/plan_published.py` prints it.
+"""Published runs, and what the plan says of them: tables of docs/clusters.md. `python tools/plan_published.py` prints them.
 
-Rows that the shares and costs of h100.yaml were fitted to are marked; the others were looked at when those stood.
+Rows that a number or a formula was chosen with in view are marked as fitted.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ NVIDIA = "NVIDIA, Megatron Bridge performance summary, "
 def dense(layers: int, hidden: int, heads: int, kv_heads: int, ffn_hidden: int, vocab: int, family: str) -> Architecture:
     return Architecture(
         family=family, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=128, ffn_hidden=ffn_hidden,
-        vocab=vocab, max_positions=131072, norm_eps=1e-6, rope=Rope(base=1e6), tied_embeddings=False, moe_layers=(False,) * layers,
+        vocab=vocab, max_positions=131072, norm_eps=1e-6, rope=Rope(base=1e6), tied_embeddings=False,
+        moe_layers=(False,) * layers,
     )  # fmt: skip
 
 
@@ -108,7 +109,8 @@ RUNS = (
     Run("Llama 3 70B", LLAMA_70B, "h100", 64, True, 256, 1, 8192, layout(4, 8, 5), 1621, NVIDIA + "26.02"),
     Run("Llama 3.1 405B", LLAMA_405B, "h100", 1024, True, 1536, 1, 8192,
         layout(8, 8, 8, 2, pipeline_layers=_split(126, 64)), 311, NVIDIA + "26.02"),
-    Run("Qwen3 30B-A3B", QWEN3_30B, "h100", 16, True, 1024, 1, 4096, layout(1, 2, 12, expert=8), 5113, NVIDIA + "26.02", fitted=True),
+    Run("Qwen3 30B-A3B", QWEN3_30B, "h100", 16, True, 1024, 1, 4096, layout(1, 2, 12, expert=8), 5113,
+        NVIDIA + "26.02", fitted=True),
     Run("Qwen3 30B-A3B", QWEN3_30B, "h100", 16, True, 512, 2, 4096, layout(1, 2, 24, expert=8), 5275, NVIDIA + "25.11"),
     Run("Qwen3 235B-A22B", QWEN3_235B, "h100", 256, True, 8192, 1, 4096,
         layout(2, 8, 4, expert=32, pipeline_layers=_split(94, 32)), 1633, NVIDIA + "26.02"),
@@ -119,9 +121,10 @@ RUNS = (
         layout(1, 16, 1, expert=64, pipeline_layers=_split(61, 16)), 1543,
         "DeepSeek-V3 technical report (arXiv 2412.19437): 180,000 H800-hours for 10^12 tokens",
         recompute=("mla_up_proj", "layernorm")),
-    Run("Mixtral 8x7B", MIXTRAL, "h100", 64, False, 256, 1, 4096, layout(1, 4, 8, expert=8), 5940,
-        "Megatron-core 0.9, MoE README: 468 TFLOPS in bfloat16"),
-    Run("Qwen3 30B-A3B", QWEN3_30B, "b200", 8, True, 512, 1, 4096, layout(1, 1, 1, expert=8), 9691, NVIDIA + "26.02", fitted=True),
+    Run("Mixtral 8x7B", MIXTRAL, "h100", 64, False, 256, 1, 4096, layout(1, 4, 8, expert=8), 5645,
+        "Megatron-core 0.9, MoE README: 468 TFLOPS at 82.9 GFLOP a token"),
+    Run("Qwen3 30B-A3B", QWEN3_30B, "b200", 8, True, 512, 1, 4096, layout(1, 1, 1, expert=8), 9691,
+        NVIDIA + "26.02", fitted=True),
     Run("Qwen3 235B-A22B", QWEN3_235B, "b200", 256, True, 8192, 1, 4096,
         layout(1, 8, 1, expert=8, pipeline_layers=_split(94, 8)), 3805, NVIDIA + "26.02", fitted=True),
     Run("DeepSeek-V3", DEEPSEEK_V3, "b200", 256, True, 4096, 1, 4096,
@@ -176,13 +179,15 @@ SECONDS, RATE, PUBLISH = "s for all responses", "tokens/s and GPU", "s to publis
 LARGE_SCALE = {"tp_size": 72, "dp_size": 72, "enable_dp_attention": True, "quantization": "fp8"}
 
 SERVED = (
-    Served("Qwen3 14B, bfloat16, 1 GPU, 1,000 requests", QWEN3_14B, {}, Workload(1000, 1, 217, 202, 1500), SECONDS, 49.9, GPUSTACK),
+    Served("Qwen3 14B, bfloat16, 1 GPU, 1,000 requests", QWEN3_14B, {}, Workload(1000, 1, 217, 202, 1500),
+           SECONDS, 49.9, GPUSTACK),
     Served("Qwen3 14B, FP8, 1 GPU, 1,000 requests", QWEN3_14B, {"quantization": "fp8"}, Workload(1000, 1, 217, 202, 1500),
            SECONDS, 40.2, GPUSTACK),
     Served("Qwen3 235B-A22B, bfloat16, tp_size 8, 984 requests", QWEN3_235B, {"tp_size": 8}, Workload(984, 1, 218, 197, 1500),
            SECONDS, 53.2, GPUSTACK),
     Served("DeepSeek-V3, FP8, 72 GPUs, 256 requests on each", DEEPSEEK_V3, LARGE_SCALE, Workload(256 * 72, 1, 2000, 100, 100),
-           RATE, 22300 / 8, "LMSYS blog of 2025-05-05: 22,300 tokens a second and node of decoding, with two-batch overlap"),
+           RATE, 22300 / 8, "LMSYS blog of 2025-05-05: 22,300 tokens a second and node of decoding, with two-batch overlap",
+           fitted=True),
     Served("Qwen3 30B-A3B to servers on its own 8 GPUs", QWEN3_30B, {"tp_size": 8}, Workload(1, 1, 1, 1, 1), PUBLISH, 7.0,
            "slime, blog on weight synchronisation, 2025", fitted=True),
 )  # fmt: skip

@@ -18,7 +18,7 @@ def transport(job: Job) -> str:
 
 
 def publish_seconds(job: Job, server: Server, servers: int) -> float:
-    """One publish: the slower of gathering and sending a model's bytes, what servers take to put them in place, and a fixed part.
+    """One publish: the slower of gathering and sending a model's bytes, what servers take to load them, and a fixed part.
 
     broadcast: each sending machine gathers the whole model and sends it to its share of the servers, one after the other.
     tensor: each machine's ranks gather the whole model for the server on their GPUs, and hand it over in place.
