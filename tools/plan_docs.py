@@ -97,7 +97,7 @@ def text() -> str:
         pattern = re.compile(rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- end of {name} -->)", re.S)
         assert len(pattern.findall(page)) == 1, f"{PAGE} has no place for the table {name}"
         made = "\n" + "".join(f"{line}\n" for line in lines()) + "\n"
-        page = pattern.sub(lambda found, made=made: found[1] + made + found[2], page)
+        page = pattern.sub(rf"\g<1>{made}\g<2>", page)
     return page
 
 

@@ -21,40 +21,44 @@ from megatron_rl.plan.suggest import suggestions, with_ranks
 DOES_NOT_FIT = 1  # exit code
 
 
+type Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="GPUs of the policy; default: layout.world_size, or cluster's.", show_default=False),
+]
+type Gpu = Annotated[
+    str | None, typer.Option("--gpu", help="Kind of GPU, such as h100; default: cluster.gpu.", show_default=False)
+]
+type MachineFile = Annotated[
+    Path | None,
+    typer.Option("--machine", metavar="FILE", help="A machine file of your own in place of --gpu.", show_default=False),
+]
+type PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-tokens", min=1, help="Mean tokens of a prompt; default: data.max_prompt_tokens, or 512.", show_default=False
+    ),
+]
+type ResponseTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--response-tokens", min=1, help="Mean tokens of a response; default: half of what is allowed.", show_default=False
+    ),
+]
+
+
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
     ] = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option("--gpus", min=1, help="GPUs of the policy; default: layout.world_size, or cluster's.", show_default=False),
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Kind of GPU, such as h100; default: cluster.gpu.", show_default=False)
-    ] = None,
-    machine: Annotated[
-        Path | None,
-        typer.Option("--machine", metavar="FILE", help="A machine file of your own in place of --gpu.", show_default=False),
-    ] = None,
+    gpus: Gpus = None,
+    gpu: Gpu = None,
+    machine: MachineFile = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Rank the layouts that fit by predicted time.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="With --suggest: so many.")] = 8,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--prompt-tokens",
-            min=1,
-            help="Mean tokens of a prompt; default: data.max_prompt_tokens, or 512.",
-            show_default=False,
-        ),
-    ] = None,
-    response_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--response-tokens", min=1, help="Mean tokens of a response; default: half of what is allowed.", show_default=False
-        ),
-    ] = None,
+    prompt_tokens: PromptTokens = None,
+    response_tokens: ResponseTokens = None,
     json: Annotated[bool, typer.Option("--json", help="Every number, for programs: bytes and seconds.")] = False,
 ) -> None:
     """What a run would take, before the first GPU-hour: memory of every rank and server, whether it fits, the time of a step.

@@ -86,7 +86,7 @@ def _times(plan: Plan) -> Table:
     batch, training = plan.job.settings.batch, plan.training
     meaning = {
         "old": "scoring before the first update",
-        "update": f"{batch.minibatches * batch.epochs} optimizer steps of {training.optimizer_step:.1f} s, "
+        "update": f"{batch.minibatches * batch.epochs} optimizer steps of {_seconds(training.optimizer_step)} s, "
         f"{training.bubble:.0%} of their packs' time waiting in the pipeline",
     }
     if plan.samples:
@@ -95,10 +95,14 @@ def _times(plan: Plan) -> Table:
         meaning["publish"] = f"new weights to {plan.servers} servers by {plan.transport}"
     whole = plan.step_seconds
     for name, seconds in plan.phases.items():
-        table.add_row(name, f"{seconds:,.1f}", f"{seconds / whole:.0%}", meaning[name])
+        table.add_row(name, _seconds(seconds), f"{seconds / whole:.0%}", meaning[name])
     ahead = " (sampling runs beside learning)" if plan.samples and plan.job.settings.sampling.ahead else ""
-    table.add_row("step", f"{whole:,.1f}", "", f"{plan.tokens_a_day / 1e6:,.0f} million tokens a day{ahead}", style="bold")
+    table.add_row("step", _seconds(whole), "", f"{plan.tokens_a_day / 1e6:,.0f} million tokens a day{ahead}", style="bold")
     return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f}" if seconds >= 10 else f"{seconds:.2f}"
 
 
 def _where_time_goes(plan: Plan) -> str:
@@ -131,7 +135,7 @@ def render_suggestions(found: list[Suggestion]) -> RenderableType:
             *map(str, (number, *dense, layout.expert, layout.expert_tensor, plan.job.data)),
             recompute.mode if recompute.mode != "selective" else "+".join(recompute.modules),
             f"{plan.largest.peak / GIB:.1f}",
-            f"{training.old + training.update:,.1f}",
+            _seconds(training.old + training.update),
         )
     return Group(table, Text("Write for the first:"), Text(settings_text(found[0].settings)))
 

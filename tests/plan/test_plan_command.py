@@ -48,7 +48,7 @@ def test_a_plan_in_numbers(recipe: Path) -> None:
 
 
 def test_gpus_come_from_the_command_before_the_settings(recipe: Path) -> None:
-    values = json.loads(run(recipe, "--gpus", "8", "--gpu", "b200", "--json").stdout)
+    values = json.loads(run(recipe, "layout.expert=4", "--gpus", "8", "--gpu", "b200", "--json").stdout)
     assert values["ranks"] == 8 and values["machine"].startswith("B200")
 
 

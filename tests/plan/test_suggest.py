@@ -54,7 +54,7 @@ def test_settings_to_write_are_those_of_the_plan() -> None:
     for name, value in first.settings.items():
         section, _, last = name.partition(".")
         sections.setdefault(section, {})[last] = value
-    again = Plan(job(LATENT, 16, machine=SMALL, **sections))
+    again = Plan(job(LATENT, 16, machine=SMALL, layout=sections["layout"], recompute=sections["recompute"]))
     assert seconds(again) == seconds(first.plan) and again.largest.peak == first.plan.largest.peak
 
 
