@@ -14,7 +14,7 @@ from megatron_rl.plan.suggest import candidates, suggestions, with_ranks
 from tests.config.models import DENSE, LATENT, MODELS, MOE
 from tests.plan.jobs import job
 
-SMALL = find_machine("h100").model_copy(update={"memory_gib": 12.0, "reserve_gib": 2.0})
+SMALL = find_machine("h100").model_copy(update={"memory_gib": 4.0, "reserve_gib": 2.0})
 
 
 def seconds(plan: Plan) -> float:
