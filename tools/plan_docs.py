@@ -68,6 +68,19 @@ def _row(path: Path, plan: Plan) -> str:
     return f"| {' | '.join([*cells, *(f'{seconds:,.0f} s' for seconds in times), f'{plan.tokens_a_day / 1e6:,.0f} M'])} |"
 
 
+def step_lines() -> Iterator[str]:
+    """A row a pair, a column a recipe: seconds of a step, or what does not fit."""
+    recipes = [path for path in sorted((CONFIGS / "recipes").glob("*.yaml")) if path not in set(machines_files())]
+    pairs = [path for path in machines_files() if path.parent.name == "pairs"]
+    learning = [path for path in recipes if "\nsampling:" in path.read_text(encoding="utf-8")]
+    yield f"| {' | '.join(['pair', *(path.stem for path in learning)])} |"
+    yield f"| {' | '.join('---' for _ in ('pair', *learning))} |"
+    for pair in pairs:
+        plans = [planned(pair, recipe) for recipe in learning]
+        cells = [f"{plan.step_seconds:,.0f} s" if plan.fits else "does not fit" for plan in plans]
+        yield f"| {' | '.join([pair.stem, *cells])} |"
+
+
 def machine_lines() -> Iterator[str]:
     """A row a machine file."""
     yield "| name | device | memory | reserve | bfloat16 | FP8 | memory's speed | inside | between |"
@@ -84,6 +97,7 @@ def machine_lines() -> Iterator[str]:
 
 TABLES = {
     "combinations": combination_lines,
+    "steps": step_lines,
     "machines": machine_lines,
     "training": training_lines,
     "servers": served_lines,
