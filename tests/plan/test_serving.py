@@ -117,10 +117,14 @@ def test_requests_beyond_the_cache_wait() -> None:
 
 
 def test_few_requests_meet_few_experts() -> None:
+    """One request reads 2 of 16 experts, two at most 4 and on average 2 + 2 x 14/16, many all of them."""
     planned = job(MOE)
     server = server_of(planned.settings)
-    all_met = decode_seconds(planned, server, 512, 100)
-    assert decode_seconds(planned, server, 1, 100) < all_met
+    machine = planned.machine
+    whole = 2 * server_parameters(MOE, server).experts / (machine.memory_gb_s * 1e9 * machine.shares.decode)
+    one, two, many = (decode_seconds(planned, server, requests, 0) for requests in (1, 2, 200))
+    assert two - one == pytest.approx(whole * 2 / 16 * 14 / 16, rel=1e-3)
+    assert many - one == pytest.approx(whole * 14 / 16, rel=1e-3)
 
 
 # -- where servers are -------------------------------------------------------------------------------------------------

@@ -137,6 +137,8 @@ def test_more_stages_wait_more_and_chunks_less() -> None:
         return Plan(job(MOE, 8, layout={"pipeline": pipeline, "virtual_pipeline": virtual})).training.bubble
 
     assert bubble(1, 1) == 0 < bubble(4, 2) < bubble(4, 1) < bubble(8, 1)
+    packs = job(MOE, 8, layout={"pipeline": 4, "virtual_pipeline": 2}).micro_batches
+    assert packs % 4 == 0 and bubble(4, 2) == pytest.approx(1.5 / (packs + 1.5))
 
 
 def test_phases_that_are_not_asked_for_take_no_time() -> None:
