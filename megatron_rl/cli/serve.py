@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.cli.arguments import Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.load import load_settings
+from megatron_rl.config.load import SUFFIXES, load_settings
 from megatron_rl.config.rules.servers import server_problems
 from megatron_rl.config.settings import Settings
 
@@ -28,10 +29,7 @@ def serve(
             metavar="CONFIG|MODEL", help="Settings file (YAML), checkpoint folder, or hub name.", show_default=False
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     servers: Annotated[int | None, typer.Option("--servers", min=1, help="How many; the same as servers.count=….")] = None,
     urls: Annotated[
         Path | None, typer.Option("--urls", metavar="FILE", help="Where their URLs are written. Default: urls beside the logs.")
@@ -79,7 +77,7 @@ def serve(
 def _settings(source: str, overrides: Sequence[str]) -> Settings:
     """Of a file, or of a model with everything else by default."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in SUFFIXES:
         settings = load_settings(path, overrides)
     else:
         if "=" in source and not path.exists():

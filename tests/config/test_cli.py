@@ -93,6 +93,23 @@ def test_dry_run_shows_what_differs_from_the_defaults(recipe: Path) -> None:
     assert "optimizer" not in whole and set(whole) | {"optimizer", "policy", "precision", "batch", "run"} >= every
 
 
+@pytest.mark.parametrize("command", ["train", "sft", "eval", "rollout", "serve", "data show"])
+def test_every_command_with_settings_takes_several_files(command: str, recipe: Path, tmp_path: Path) -> None:
+    """What the second file says is what is wrong."""
+    (tmp_path / "second.yaml").write_text("layout: {tensr: 2}\n")
+    result = run(*command.split(), recipe, tmp_path / "second.yaml")
+    assert result.exit_code == 2, result.output
+    assert f"error: {tmp_path}/second.yaml:1: unknown setting layout.tensr" in result.stderr
+    assert "FILE.yaml|NAME=VALUE" in run(*command.split(), "--help").output
+
+
+def test_a_recipe_and_a_layout_may_be_two_files(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "second.yaml").write_text("layout: {tensor: 2, expert: 4}\n")
+    result = run("train", recipe, tmp_path / "second.yaml", "layout.expert=2", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "experts: 2 = pipeline 1 x expert_data 1 x expert 2 x expert_tensor 1" in result.output
+
+
 def test_dry_run_without_a_world_size_takes_the_smallest(recipe: Path) -> None:
     result = run("train", recipe, "layout.tensor=2", "layout.expert=4", "layout.pipeline=2", "--dry-run")
     assert result.exit_code == 0, result.output
@@ -130,6 +147,9 @@ def test_many_groups_are_cut_short_and_say_so(tmp_path: Path) -> None:
         (["RECIPE", "rewards=[{name: numerik}]", "--dry-run"], "error: rewards[0].name = numerik: "),
         (["RECIPE", "rewards=[{name: numerik}]", "layout.world_size=2"], "error: rewards[0].name = numerik: "),
         (["RECIPE", "rewards=[{name: length, options: {hihg: 3}}]"], "error: rewards[0].options.hihg: "),
+        (["RECIPE", "pair.json", "--dry-run"], "error: command line: 'pair.json' is no override and no settings file."),
+        (["RECIPE", "nowhere.yaml", "--dry-run"], "error: nowhere.yaml: cannot be read"),
+        (["--resume", "runs/mine", "run.steps=3", "RECIPE"], "a run goes on with its own settings"),
         (["RECIPE", "--ranks"], "error: --ranks shows the layout of a dry run. Add --dry-run."),
     ],
 )
