@@ -47,30 +47,34 @@ def serve(
     `python -m sglang.launch_server`, checked against the installed version before anything starts. `megatron-rl settings`
     lists the rest.
 
-    **Access** is from this machine alone, unless `servers.host` says otherwise; then `servers.api_key_file` must name a file
-    that holds a key, which the training run is given too.
+    **Access** is from this machine alone, unless `servers.host` says otherwise; then servers answer nobody without a key. It is
+    in the file that `servers.api_key_file` names, or one is made beside the URLs (FILE.key), where a run with this
+    `servers.urls_file` finds it.
 
     **Examples**
 
     - `megatron-rl serve Qwen/Qwen3-30B-A3B sglang.tp_size=4 --servers 2`
     - `megatron-rl serve checkpoints/base sglang.enable_return_routed_experts=true`
-    - `megatron-rl serve recipe.yaml servers.host=0.0.0.0 servers.api_key_file=key --urls shared/urls`
-    - `megatron-rl train recipe.yaml servers.urls_file=shared/urls servers.api_key_file=key`
+    - `megatron-rl serve recipe.yaml servers.host=0.0.0.0 --urls shared/urls`
+    - `megatron-rl train recipe.yaml servers.urls_file=shared/urls`
     """
     with told_to_the_user():
         settings = _settings(source, [*(overrides or []), *([f"servers.count={servers}"] if servers else [])])
+        from megatron_rl.rollout.keys import beside_urls, logs_folder, served_key
         from megatron_rl.rollout.own_servers import own_servers
 
-        options = own_servers(settings)
+        file = urls or logs_folder(settings) / "urls"
+        options = own_servers(settings, served_key(settings, file, make=not dry_run))
         if not options:
             raise SettingsError(
                 "Nothing to serve: servers.urls or servers.urls_file name the servers of somebody else. Add --servers."
             )
         console = make_console()
-        file = urls or options[0].log.parent / "urls"
         if dry_run:
             _show(console, options)
             return
+        if options[0].api_key and settings.servers.api_key_file is None:
+            console.print(Text(f"their API key: {beside_urls(file)}, where a run finds it by servers.urls_file={file}"))
         _run(console, options, file, settings.servers.restarts)
 
 
