@@ -19,7 +19,7 @@ from megatron_rl.observe.journal import Journal
 from megatron_rl.observe.records import RunRecord
 from megatron_rl.rollout.bank.files import private_folder
 from megatron_rl.rollout.bank.writer import Bank
-from megatron_rl.train.folder import begin
+from megatron_rl.train.folder import REINFORCEMENT, begin
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_rl"
@@ -65,7 +65,7 @@ def open_umask() -> Iterator[None]:
 
 def test_new_folders_are_their_owners_alone(tmp_path: Path, open_umask: None) -> None:
     settings = load_settings(None, ["policy.config=model", f"run.directory={tmp_path / 'runs/mine'}"])
-    begin(settings)
+    begin(settings, REINFORCEMENT)
     assert [mode(tmp_path / name) for name in ("runs", "runs/mine")] == [0o700, 0o700]
     with Bank(tmp_path / "elsewhere/bank"):
         assert mode(tmp_path / "elsewhere/bank") == 0o700
