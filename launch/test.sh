@@ -9,26 +9,29 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
 
-# The report's page is tested in a real browser. Without one its tests fail, and say so.
-bring_browser() {
-    local name
-    for name in chromium chromium-browser google-chrome google-chrome-stable; do
-        ! type -P "$name" >/dev/null || return 0
+# The report's page is tested in a real browser, and scripts by shellcheck. Without them their tests fail, and say so.
+bring_tools() {
+    local missing=() name
+    for name in chromium chromium-browser google-chrome google-chrome-stable none; do
+        ! type -P "$name" >/dev/null || break
     done
+    [[ "$name" != none ]] || missing+=(chromium)
+    type -P shellcheck >/dev/null || missing+=(shellcheck)
+    ((${#missing[@]})) || return 0
     if ((EUID)) || ! type -P apt-get >/dev/null; then
-        say "no browser is installed, and this user cannot install one: tests of the report's page will fail"
+        say "${missing[*]}: not installed, and this user cannot install it: tests that need it will fail"
         return
     fi
-    say "installing chromium, for the tests of the report's page"
+    say "installing ${missing[*]}, for the tests"
     mkdir -p .tools
-    install_chromium >.tools/chromium.log 2>&1 ||
-        say "chromium could not be installed (.tools/chromium.log): tests of the report's page will fail"
+    apt_install "${missing[@]}" >.tools/apt.log 2>&1 ||
+        say "${missing[*]} could not be installed (.tools/apt.log): tests that need it will fail"
 }
 
-install_chromium() {
+apt_install() {
     export DEBIAN_FRONTEND=noninteractive
-    apt-get install --yes --no-install-recommends chromium || {
-        apt-get update && apt-get install --yes --no-install-recommends chromium
+    apt-get install --yes --no-install-recommends "$@" || {
+        apt-get update && apt-get install --yes --no-install-recommends "$@"
     }
 }
 
@@ -37,7 +40,7 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     exit 0
 fi
 launch/setup.sh
-bring_browser
+bring_tools
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi

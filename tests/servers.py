@@ -79,7 +79,7 @@ def tiny_server(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPat
     serving.send_signal(signal.SIGINT)  # the impatient press Ctrl-C twice; it changes nothing
     assert serving.wait(END_SECONDS) == 0, output.read_text()
     assert urls.read_text() == ""
-    left = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if str(model).encode() in _read(path)]
+    left = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if str(model).encode() in read(path)]
     assert not left, f"processes {left} are left of the server"
 
 
@@ -88,7 +88,7 @@ def _end_with_tests() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:  # the process has ended

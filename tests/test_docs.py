@@ -12,7 +12,7 @@ import yaml
 
 import megatron_rl
 from megatron_rl.cli import app
-from megatron_rl.config.load import load_settings
+from megatron_rl.config.load import load_settings, names_settings_file
 from megatron_rl.config.names import FOREIGN_NAMES, open_name, open_names, section_names, setting_fields
 from megatron_rl.observe.vocabulary import KNOWN
 from tests.pages import COMMANDS, PAGES, ROOT, Line, short
@@ -61,11 +61,12 @@ def require_setting(name: str) -> None:
 def test_a_command_is_understood(line: Line) -> None:
     """Its options and arguments exist, its overrides name settings and have values that fit, and its files are there."""
     given = parameters(line)
-    words = [str(value) for value in given.values() if isinstance(value, Path | str)] + list(given.get("overrides") or ())
+    changes = list(given.get("overrides") or ())
+    words = [str(value) for value in given.values() if isinstance(value, Path | str)] + changes
     for path in (word for word in words if word.startswith(("configs/", "docs/"))):
         assert (ROOT / path).exists(), f"{path} is not there"
     overrides = [word for word in words if OVERRIDE.match(word)]
-    assert set(given.get("overrides") or ()) <= set(overrides)
+    assert set(changes) <= {*overrides, *filter(names_settings_file, changes)}
     load_settings(None, ["policy.config=model", *overrides])
 
 

@@ -23,8 +23,11 @@ version that you have. Settings are checked, names and values and what they mean
 
 - In a file: `optimizer: {lr: 1.0e-6}`. A file may begin with `include: base.yaml`, or a list of files: they are read first,
   relative to the file that names them.
-- On the command line: `optimizer.lr=1e-6`, a dotted name and a value as in YAML. What comes later wins: includes, the file,
-  then overrides. Lists and named values stand in quotes for the shell's sake: `'rewards=[{name: exact}]'`.
+- On the command line: `optimizer.lr=1e-6`, a dotted name and a value as in YAML. Lists and named values stand in quotes for
+  the shell's sake: `'rewards=[{name: exact}]'`.
+- In several files: every command that takes a settings file takes more behind it, whose names end in `.yaml` or `.yml`, such
+  as a recipe and the machines that it shall run on. What comes later wins, setting by setting: includes, the file, then
+  further files and overrides in the order in which they are given.
 - A run keeps all of its settings in `settings.yaml` of its folder, defaults included.
 - Input paths are looked for beside the file that names them, then in the working directory.
 """

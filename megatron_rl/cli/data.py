@@ -1,7 +1,6 @@
 """`megatron-rl data`: look at prompts before anybody pays for answers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.cli.arguments import Config, Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.checks import require_valid
 from megatron_rl.config.families import read_architecture
@@ -32,11 +32,8 @@ def data() -> None:
 
 @app.command(no_args_is_help=True)
 def show(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     number: Annotated[int, typer.Option("--number", "-n", min=0, help="How many prompts to print.")] = 3,
     start: Annotated[int, typer.Option("--start", min=0, help="The position of the first: 0 is what a run draws first.")] = 0,
     part: Annotated[Literal["train", "validation"], typer.Option("--part", help="Which prompts.")] = "train",

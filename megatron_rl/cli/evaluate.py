@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from megatron_rl.cli.arguments import Config, Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.checks import require_valid
@@ -22,11 +23,8 @@ from megatron_rl.config.settings import Settings
 
 
 def evaluate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     samples: Annotated[
         int | None, typer.Option("--samples", min=1, help="Responses a prompt; the same as evaluation.samples=….")
     ] = None,

@@ -1,12 +1,12 @@
 """`megatron-rl rollout`: sample into the bank, without learning."""
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from megatron_rl.cli.arguments import Config, Overrides
 from megatron_rl.cli.screen import STOPPED, make_console, tell_warnings, told_to_the_user
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.checks import require_valid, warnings
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 
 def rollout(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that the bank shall hold in the end.")] = 1,
 ) -> None:
     """Sample groups of responses with rewards into the bank, without learning from them.

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.cli.arguments import Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.config.load import load_settings
+from megatron_rl.config.load import SUFFIXES, load_settings
 from megatron_rl.config.rules.servers import server_problems
 from megatron_rl.config.settings import Settings
 
@@ -28,10 +29,7 @@ def serve(
             metavar="CONFIG|MODEL", help="Settings file (YAML), checkpoint folder, or hub name.", show_default=False
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     servers: Annotated[int | None, typer.Option("--servers", min=1, help="How many; the same as servers.count=….")] = None,
     urls: Annotated[
         Path | None, typer.Option("--urls", metavar="FILE", help="Where their URLs are written. Default: urls beside the logs.")
@@ -49,37 +47,41 @@ def serve(
     `python -m sglang.launch_server`, checked against the installed version before anything starts. `megatron-rl settings`
     lists the rest.
 
-    **Access** is from this machine alone, unless `servers.host` says otherwise; then `servers.api_key_file` must name a file
-    that holds a key, which the training run is given too.
+    **Access** is from this machine alone, unless `servers.host` says otherwise; then servers answer nobody without a key. It is
+    in the file that `servers.api_key_file` names, or one is made beside the URLs (FILE.key), where a run with this
+    `servers.urls_file` finds it.
 
     **Examples**
 
     - `megatron-rl serve Qwen/Qwen3-30B-A3B sglang.tp_size=4 --servers 2`
     - `megatron-rl serve checkpoints/base sglang.enable_return_routed_experts=true`
-    - `megatron-rl serve recipe.yaml servers.host=0.0.0.0 servers.api_key_file=key --urls shared/urls`
-    - `megatron-rl train recipe.yaml servers.urls_file=shared/urls servers.api_key_file=key`
+    - `megatron-rl serve recipe.yaml servers.host=0.0.0.0 --urls shared/urls`
+    - `megatron-rl train recipe.yaml servers.urls_file=shared/urls`
     """
     with told_to_the_user():
         settings = _settings(source, [*(overrides or []), *([f"servers.count={servers}"] if servers else [])])
+        from megatron_rl.rollout.keys import beside_urls, logs_folder, served_key
         from megatron_rl.rollout.own_servers import own_servers
 
-        options = own_servers(settings)
+        file = urls or logs_folder(settings) / "urls"
+        options = own_servers(settings, served_key(settings, file, make=not dry_run))
         if not options:
             raise SettingsError(
                 "Nothing to serve: servers.urls or servers.urls_file name the servers of somebody else. Add --servers."
             )
         console = make_console()
-        file = urls or options[0].log.parent / "urls"
         if dry_run:
             _show(console, options)
             return
+        if options[0].api_key and settings.servers.api_key_file is None:
+            console.print(Text(f"their API key: {beside_urls(file)}, where a run finds it by servers.urls_file={file}"))
         _run(console, options, file, settings.servers.restarts)
 
 
 def _settings(source: str, overrides: Sequence[str]) -> Settings:
     """Of a file, or of a model with everything else by default."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in SUFFIXES:
         settings = load_settings(path, overrides)
     else:
         if "=" in source and not path.exists():

@@ -1,10 +1,10 @@
 """`megatron-rl sft`: supervised fine-tuning, the cold start of reinforcement learning."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_rl.cli.arguments import Config, Overrides
 from megatron_rl.cli.screen import STOPPED, make_console, told_to_the_user
 from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid
@@ -15,11 +15,8 @@ from megatron_rl.train.upstream import quiet_upstream
 
 
 def sft(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in run.directory.")] = False,
 ) -> None:
     """Teach a policy given responses to prompts (supervised fine-tuning), so that reinforcement learning has a beginning.

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_rl.cli.arguments import Overrides
 from megatron_rl.cli.screen import STOPPED, make_console, tell_warnings, told_to_the_user
 from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid, warnings
@@ -24,10 +25,7 @@ def train(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Settings file (YAML); none with --resume.", show_default=False)
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and the layout, start nothing.")] = False,
     ranks: Annotated[bool, typer.Option("--ranks", help="With --dry-run: a row for every rank.")] = False,
     resume: Annotated[
@@ -39,8 +37,9 @@ def train(
 ) -> None:
     """Train a policy by reinforcement learning, or see with `--dry-run` what would be trained and which rank would hold what.
 
-    **Settings** come from CONFIG, from the files it names under `include:`, and from overrides on the command line;
-    the later wins. `megatron-rl settings` lists them all.
+    **Settings** come from CONFIG, from the files it names under `include:`, and from what follows it on the command line:
+    further settings files (`.yaml`, `.yml`) and overrides, laid over it in their order; the later wins. So a recipe and the
+    machines it runs on can be two files. `megatron-rl settings` lists all settings.
 
     **Overrides** are a dotted name, `=` and a value as in YAML: numbers (`4`, `1e-6`), `true`, `false`, `null` for "not
     set", lists in quotes for the shell's sake (`'layout.pipeline_layers=[7,8]'`). A name that does not exist is an error
@@ -50,6 +49,7 @@ def train(
 
     - `megatron-rl train recipe.yaml --dry-run`
     - `megatron-rl train recipe.yaml optimizer.lr=1e-6 run.steps=200`
+    - `megatron-rl train configs/recipes/gspo.yaml configs/pairs/qwen3-30b-a3b-4x8-h100.yaml run.steps=200`
     - `megatron-rl train recipe.yaml layout.tensor=4 layout.expert=8 layout.world_size=64 --dry-run --ranks`
     - `megatron-rl train --resume runs/mine run.steps=400` after a kill, a preemption, or to go on for longer
 
@@ -110,10 +110,11 @@ def _progress(folder: Path) -> Iterator[str]:
 def _settings(config: Path | None, overrides: list[str], resume: Path | None) -> Settings:
     """Of a new run, or of the one to continue, whose folder may have been moved."""
     if resume is not None:
-        if config is not None and "=" not in str(config):
-            raise SettingsError(f"{config}: a run goes on with its own settings. Give either CONFIG or --resume RUN_DIR.")
-        first = [] if config is None else [str(config)]
-        return load_settings(settings_file(resume), [*first, *overrides, f"run.directory={resume}"])
+        changes = [*([] if config is None else [str(config)]), *overrides]
+        for change in changes:
+            if "=" not in change:
+                raise SettingsError(f"{change}: a run goes on with its own settings. Give either CONFIG or --resume RUN_DIR.")
+        return load_settings(settings_file(resume), [*changes, f"run.directory={resume}"])
     if config is None:
         raise SettingsError("there is no settings file. Give CONFIG, or --resume RUN_DIR to continue a run.")
     if "=" in str(config) and not config.exists():

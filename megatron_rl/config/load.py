@@ -1,8 +1,8 @@
 """Settings from YAML files and command-line overrides.
 
 A file may say `include: base.yaml` or `include: [base.yaml, fp8.yaml]`; included files are read first, in order, and what comes
-later wins, setting by setting: includes, then the file itself, then overrides. Whatever is wrong is reported at once, each with
-the place where it was written.
+later wins, setting by setting: includes, then the file itself, then further files and overrides in the order in which they are
+given. Whatever is wrong is reported at once, each with the place where it was written.
 """
 
 import json
@@ -19,6 +19,7 @@ from megatron_rl.config.names import allowed_values, nearest_name, open_name, op
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
 
+SUFFIXES = (".yaml", ".yml")  # of settings files
 # Paths that are read: looked for beside the file that names them.
 INPUT_PATHS = (
     "policy.config",
@@ -32,11 +33,17 @@ INPUT_LISTS = ("data.sources", "data.validation_sources")  # entries with a memb
 
 
 def load_settings(path: Path | str | None, overrides: Sequence[str] = ()) -> Settings:
-    """The settings of a file (none: defaults only) with overrides such as `layout.tensor=4` applied in order."""
+    """The settings of a file (none: defaults only), with what is laid over them in order: further files, such as
+    `pairs/mine.yaml`, and overrides, such as `layout.tensor=4`."""
     values = {} if path is None else _read_file(Path(path), ())
-    for override in overrides:
-        values = _later(values, read_override(override))
+    for each in overrides:
+        values = _later(values, _read_file(Path(each), ()) if names_settings_file(each) else read_override(each))
     return _build(values)
+
+
+def names_settings_file(argument: str) -> bool:
+    """Whether an argument behind the first is a settings file and no override."""
+    return "=" not in argument and argument.endswith(SUFFIXES)
 
 
 def dump_settings(settings: Settings) -> str:

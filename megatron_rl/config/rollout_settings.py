@@ -77,8 +77,14 @@ class ServerSettings(Section):
     router: str | None = Field(
         None, description="URL of an sglang-router: generation goes through it, everything else to the servers themselves."
     )
-    api_key_file: Path | None = Field(None, description="A file that holds the servers' API key.")
-    host: str = Field("127.0.0.1", description="Where own servers listen; anything but this machine needs an API key.")
+    api_key_file: Path | None = Field(
+        None,
+        description="A file that holds the servers' API key. Default: the one beside urls_file, FILE.key, if there is one; "
+        "else own servers that listen beyond this machine are given one, in the folder of their logs.",
+    )
+    host: str = Field(
+        "127.0.0.1", description="Where own servers listen. Beyond this machine they answer nobody without their API key."
+    )
     port: PositiveInt | None = Field(None, description="Port of the first own server, the others follow; default: free ones.")
     gpus: tuple[NonNegativeInt, ...] | None = Field(
         None, description="GPUs for own servers, dealt to them in order, tp_size x pp_size each; default: all there are."
@@ -109,6 +115,12 @@ class ServerSettings(Section):
     piece: PositiveInt = Field(
         32, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
     )
+
+    @property
+    def starts_any(self) -> bool:
+        """Does a run start servers of its own?"""
+        elsewhere = bool(self.urls) or self.urls_file is not None
+        return not elsewhere if self.count is None else self.count > 0
 
     @property
     def colocated(self) -> bool:

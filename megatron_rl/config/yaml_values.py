@@ -64,7 +64,10 @@ def read_override(text: str) -> dict[str, Value]:
     """The values of one command-line override, `layout.tensor=4` or `layout={tensor: 4, pipeline: 2}`."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise SettingsError(f"{COMMAND_LINE}: {text!r} is not an override. Write name=value, as in layout.tensor=4.")
+        raise SettingsError(
+            f"{COMMAND_LINE}: {text!r} is no override and no settings file. Write name=value, as in layout.tensor=4, or "
+            "the path of a file that ends in .yaml."
+        )
     return _parse(value, name.strip(), COMMAND_LINE, Path())
 
 

@@ -22,7 +22,7 @@ class Tokenizer:
 
         self.path = path
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(path)
+            self._inner: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it asks, on a terminal
         except Exception as error:  # transformers throws what its many readers throw
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(

@@ -40,7 +40,7 @@ class Journal:
     def started(self, run: RunRecord, step: int) -> None:
         """Files of a run that was killed and resumed become those of a run that never was: later steps go."""
         folder = self._folder
-        folder.path.mkdir(parents=True, exist_ok=True)
+        files.private_folder(folder.path)
         for path in (folder.metrics, folder.timeline, folder.experts):
             lines.keep(path, lambda line: line["step"] < step)
         # Weights that have been through `step` steps are those that the run goes on with: what was found of them stands.

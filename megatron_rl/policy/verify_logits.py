@@ -80,7 +80,9 @@ def transformers_logits(folder: Path, sequences: Sequence[TokenSequence]) -> dic
             "routing), so its logits prove nothing. Use --verify without --verify-logits."
         )
     config = AutoConfig.for_model({"kimi_k2": "deepseek_v3"}.get(kind, kind), **fields)  # Kimi-K2 is DeepSeek-V3 renamed
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
     with torch.no_grad():
         return {each.index: model(torch.from_numpy(each.tokens)[None], use_cache=False).logits[0] for each in sequences}
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.settings import Settings
+from megatron_rl.rollout.bank.files import private_folder
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
 from megatron_rl.rollout.errors import ServerError
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.keys import api_key
+from megatron_rl.rollout.own_servers import own_servers
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.rollout.suitability import UnsuitableServer
 from megatron_rl.rollout.told import until_told
@@ -67,11 +69,11 @@ async def fill(
     `starting` is told when own servers are about to be started, `opened` when everything works, and which step comes first.
     A signal to end is a CancelledError, also while servers are waited for; the same call goes on later.
     """
-    settings.run.directory.mkdir(parents=True, exist_ok=True)
+    private_folder(settings.run.directory)
     step, position = read_state(settings.run.directory)
     if step >= steps:
         return
-    servers, key = own_servers(settings), read_api_key(settings.servers)
+    servers, key = own_servers(settings), api_key(settings)
     with until_told():
         version = await weights_of(settings.servers.urls, model, key)
         async with open_session(

@@ -10,6 +10,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.sglang_arguments import value_of
+from megatron_rl.rollout.keys import api_key, logs_folder
 from megatron_rl.rollout.server import ServerOptions, has_gpu
 
 # Arguments that multiply the GPUs of a server.
@@ -19,8 +20,9 @@ SIZES = ("tp_size", "pp_size")
 COLOCATED_ARGUMENTS: Mapping[str, Any] = {"enable_memory_saver": True, "mem_fraction_static": 0.5}
 
 
-def own_servers(settings: Settings) -> list[ServerOptions]:
-    """Options of the servers to start on this machine; none where the settings name others."""
+def own_servers(settings: Settings, key: str | None = None) -> list[ServerOptions]:
+    """Options of the servers to start on this machine; none where the settings name others. `key`: their API key, if it is not
+    the run's."""
     servers, kind = settings.servers, settings.device.kind
     on_cpu = kind == "cpu" or (kind == "auto" and not has_gpu())
     count = _count(settings, on_cpu)
@@ -30,15 +32,15 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
         [None] * count if on_cpu else _dealt(servers, _gpus_each(settings.sglang), count)
     )
     shared = COLOCATED_ARGUMENTS if servers.colocated and not on_cpu else {}
-    logs = servers.logs or settings.run.directory / "servers"
+    key = key or api_key(settings)
     return [
         ServerOptions(
             model=_model(settings),
-            log=logs / f"server-{index}.log",
+            log=logs_folder(settings) / f"server-{index}.log",
             arguments={**_random_weights(settings), **_routing(settings), **shared, **settings.sglang},
             host=servers.host,
             port=None if servers.port is None else servers.port + index,
-            api_key=read_api_key(servers),
+            api_key=key,
             device="cpu" if on_cpu else "cuda",
             gpus=hand,
             ranks=tuple(map(_rank_on, hand)) if hand is not None and servers.colocated else (),
@@ -52,32 +54,13 @@ def own_servers(settings: Settings) -> list[ServerOptions]:
 def served_model(settings: Settings) -> Path | None:
     """The folder that own servers load, where there are any and it is a folder. The same on every machine."""
     model = Path(_model(settings))
-    return model if _starts_any(settings.servers) and (model / "config.json").is_file() else None
-
-
-def read_api_key(servers: ServerSettings) -> str | None:
-    """The key in servers.api_key_file, which nobody but its owner should be able to read."""
-    path = servers.api_key_file
-    if path is None:
-        return None
-    try:
-        key = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"servers.api_key_file = {path}: it cannot be read: {error}. Write the key into it.") from error
-    if not key or not key.isprintable() or " " in key:
-        raise SettingsError(f"servers.api_key_file = {path}: it holds no key. Write one word into it.")
-    return key
-
-
-def _starts_any(servers: ServerSettings) -> bool:
-    elsewhere = bool(servers.urls) or servers.urls_file is not None
-    return not elsewhere if servers.count is None else servers.count > 0
+    return model if settings.servers.starts_any and (model / "config.json").is_file() else None
 
 
 def _count(settings: Settings, on_cpu: bool) -> int:
     """Servers to start: one, or as many as the GPUs take where these are the trainer's, none of which shall lie idle."""
     servers = settings.servers
-    if servers.count is not None or not _starts_any(servers):
+    if servers.count is not None or not servers.starts_any:
         return servers.count or 0
     if not servers.colocated or on_cpu:
         return 1

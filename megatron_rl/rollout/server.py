@@ -10,6 +10,7 @@ import ipaddress
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import httpx
 
 from megatron_rl.config.errors import SettingsError, UserError
 from megatron_rl.config.sglang_arguments import command_line
+from megatron_rl.rollout.bank.files import private_folder
 
 HERE = Path(__file__).parent
 CPU_STUB = HERE / "cpu_stub"
@@ -97,7 +99,7 @@ class Server:
     def start(cls, options: ServerOptions, port: int | None = None) -> Self:
         """Start the process. What the server says goes to its log."""
         chosen = options.port or port or free_ports(1)[0]
-        options.log.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(options.log.parent)
         _set_aside(options.log)
         secret = _write_key(options) if options.api_key else None
         with open(os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:  # SGLang logs its key
@@ -166,10 +168,14 @@ class Server:
         self.stop()
 
     def _forget_secret(self) -> None:
+        """The server has read its key, and written it into its log."""
         if self._secret is not None:
             self._secret.unlink(missing_ok=True)
+            self._secret = None
+            _blank(self.options.log, repr(self.options.api_key).encode())
 
     def _last_words(self) -> str:
+        self._forget_secret()
         lines = self.options.log.read_text(errors="replace").splitlines()[-TAIL:]
         return "\n".join([f"The end of its log, {self.options.log}:", *(f"  {line}" for line in lines)])
 
@@ -260,6 +266,15 @@ def _write_key(options: ServerOptions) -> Path:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"api-key": options.api_key}, file)  # JSON is YAML
     return path
+
+
+def _blank(log: Path, secret: bytes) -> None:
+    """Stars over a secret, in place: the server goes on writing behind it."""
+    with open(log, "r+b") as file:
+        text = file.read()
+        for match in re.finditer(re.escape(secret), text):
+            file.seek(match.start())
+            file.write(b"*" * len(secret))
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:

@@ -28,8 +28,9 @@ from megatron_rl.rewards.model import Grader, RewardModel, policy_text
 from megatron_rl.rollout.bank import files
 from megatron_rl.rollout.client import Sampling
 from megatron_rl.rollout.errors import ServerError
+from megatron_rl.rollout.keys import api_key
 from megatron_rl.rollout.only import weights_of
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.own_servers import own_servers
 from megatron_rl.rollout.pool import GenerationFailed, NoServer, Pool
 from megatron_rl.rollout.session import require_columns
 from megatron_rl.rollout.strategies.base import Floor, Generator, Limits
@@ -193,7 +194,8 @@ async def open_alone(settings: Settings, model: Architecture) -> AsyncIterator[E
         raise SettingsError("rewards: there are none, so no response would be right. Name one, such as rewards=[{name: math}].")
     tokenizer = open_tokenizer(settings, vocab=model.vocab)
     require_columns(components, open_prompts(settings, tokenizer, "validation"))  # before servers take their time to start
-    key = read_api_key(settings.servers)
+    files.private_folder(settings.run.directory)
+    key = api_key(settings)
     version = await weights_of(settings.servers.urls, model, key)
     pool = Pool(settings.servers, Demands.of(model), api_key=key, version=version, decode=tokenizer.decode)
     async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:

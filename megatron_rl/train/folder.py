@@ -36,7 +36,7 @@ def require_kind(settings: Settings, kind: str) -> None:
 
 def begin(settings: Settings, kind: str) -> None:
     """Note the settings of a run, new or resumed, and its kind."""
-    settings.run.directory.mkdir(parents=True, exist_ok=True)
+    files.private_folder(settings.run.directory)
     files.write_file(settings.run.directory / KIND, f"{kind}\n".encode())
     files.write_file(settings.run.directory / SETTINGS, dump_settings(settings).encode())  # a kill leaves no half of them
 

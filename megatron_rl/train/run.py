@@ -14,7 +14,9 @@ from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.state import load_policy
-from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks
+from megatron_rl.rollout.bank.files import private_folder
+from megatron_rl.rollout.keys import api_key
+from megatron_rl.rollout.own_servers import own_servers, require_ranks
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
 from megatron_rl.train.folder import REINFORCEMENT, begin, require_fresh, require_kind
@@ -45,6 +47,7 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_fresh(settings)
     if launch.rank == 0:
         require_kind(settings, REINFORCEMENT)
+        private_folder(settings.run.directory)
         require_routing(settings)
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
@@ -124,7 +127,7 @@ def _session(settings: Settings, state: RunState) -> AbstractAsyncContextManager
         settings,
         read_architecture(settings.policy.config),
         own_servers(settings),
-        api_key=read_api_key(settings.servers),
+        api_key=api_key(settings),
         version=state.step,
         step=state.step,
         position=state.position,

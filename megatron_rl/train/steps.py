@@ -21,7 +21,8 @@ from megatron_rl.rollout.bank.writer import open_step
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.collector import BEGINNING, Collected, Position
 from megatron_rl.rollout.health import Outdated
-from megatron_rl.rollout.own_servers import read_api_key, served_model
+from megatron_rl.rollout.keys import api_key
+from megatron_rl.rollout.own_servers import served_model
 from megatron_rl.rollout.session import Session
 from megatron_rl.train.experience import Experience
 from megatron_rl.train.publishing import open_publisher, publish_to_pool
@@ -123,7 +124,7 @@ class Rollouts:
         self._policy, self._layout, self._stopper, self._thread = policy, policy.layout, stopper, thread
         self._colocated = settings.servers.colocated
         self._folder = Folder(settings.bank_directory)
-        key = read_api_key(settings.servers)
+        key = api_key(settings)
         served, vocabulary = served_model(settings), policy.architecture.vocab
         self._publisher = open_publisher(policy, lambda url: Client(url, vocabulary, key), served)
         self._version: int | None = None  # that servers have been brought

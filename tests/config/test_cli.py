@@ -14,7 +14,7 @@ from megatron_rl.config.names import setting_fields
 from megatron_rl.objectives.registry import ADVANTAGES, PENALTIES, SURROGATES, WEIGHTS
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "configs" / "recipes" / "qwen3-235b-a22b-256gpu.yaml"
+PAIR = REPOSITORY / "configs" / "pairs" / "qwen3-235b-a22b-32x8-h100.yaml"
 TINY = """\
 {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 4, "hidden_size": 64,
  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32,
@@ -57,7 +57,7 @@ def rows(output: str, header: str) -> list[list[str]]:
 
 
 def test_dry_run_of_235b_shows_every_layer_and_rank_once() -> None:
-    result = run("train", RECIPE, "--dry-run")
+    result = run("train", PAIR, "cluster.nodes=32", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "world 256 = pipeline 8 x data 4 x context 2 x tensor 4" in result.output
     assert "rank = 1 tensor + 4 context + 8 data + 32 pipeline" in result.output
@@ -74,7 +74,7 @@ def test_dry_run_of_235b_shows_every_layer_and_rank_once() -> None:
 
 
 def test_ranks_shows_every_rank() -> None:
-    result = run("train", RECIPE, "--dry-run", "--ranks")
+    result = run("train", PAIR, "cluster.nodes=32", "--dry-run", "--ranks")
     table = rows(result.output, "rank")
     assert [int(row[0]) for row in table] == list(range(256))
     # rank 77 = 1 + 4 x 1 + 8 x 1 + 32 x 2: tensor 1, context 1, data 1, stage 2; expert 77 % 8, copy (77 % 32) // 8
@@ -91,6 +91,23 @@ def test_dry_run_shows_what_differs_from_the_defaults(recipe: Path) -> None:
     every = {name.rpartition(".")[0] for name in setting_fields()} - {""}
     assert "rewards = []" in output
     assert "optimizer" not in whole and set(whole) | {"optimizer", "policy", "precision", "batch", "run"} >= every
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval", "rollout", "serve", "data show"])
+def test_every_command_with_settings_takes_several_files(command: str, recipe: Path, tmp_path: Path) -> None:
+    """What the second file says is what is wrong."""
+    (tmp_path / "second.yaml").write_text("layout: {tensr: 2}\n")
+    result = run(*command.split(), recipe, tmp_path / "second.yaml")
+    assert result.exit_code == 2, result.output
+    assert f"error: {tmp_path}/second.yaml:1: unknown setting layout.tensr" in result.stderr
+    assert "FILE.yaml|NAME=VALUE" in run(*command.split(), "--help").output
+
+
+def test_a_recipe_and_a_layout_may_be_two_files(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "second.yaml").write_text("layout: {tensor: 2, expert: 4}\n")
+    result = run("train", recipe, tmp_path / "second.yaml", "layout.expert=2", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "experts: 2 = pipeline 1 x expert_data 1 x expert 2 x expert_tensor 1" in result.output
 
 
 def test_dry_run_without_a_world_size_takes_the_smallest(recipe: Path) -> None:
@@ -130,6 +147,9 @@ def test_many_groups_are_cut_short_and_say_so(tmp_path: Path) -> None:
         (["RECIPE", "rewards=[{name: numerik}]", "--dry-run"], "error: rewards[0].name = numerik: "),
         (["RECIPE", "rewards=[{name: numerik}]", "layout.world_size=2"], "error: rewards[0].name = numerik: "),
         (["RECIPE", "rewards=[{name: length, options: {hihg: 3}}]"], "error: rewards[0].options.hihg: "),
+        (["RECIPE", "pair.json", "--dry-run"], "error: command line: 'pair.json' is no override and no settings file."),
+        (["RECIPE", "nowhere.yaml", "--dry-run"], "error: nowhere.yaml: cannot be read"),
+        (["--resume", "runs/mine", "run.steps=3", "RECIPE"], "a run goes on with its own settings"),
         (["RECIPE", "--ranks"], "error: --ranks shows the layout of a dry run. Add --dry-run."),
     ],
 )
@@ -173,7 +193,7 @@ def test_help_teaches_overrides_by_example() -> None:
     assert "layout.tensor=4" in output and "optimizer.lr=1e-6" in output and "--dry-run" in output
 
 
-@pytest.mark.parametrize("arguments", [["train", str(RECIPE), "--dry-run"], ["settings"], ["version"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["train", str(PAIR), "--dry-run"], ["settings"], ["version"], ["train", "--help"]])
 def test_looking_imports_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys\nfrom megatron_rl.cli import app\n"

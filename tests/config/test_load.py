@@ -46,6 +46,41 @@ def test_later_wins_setting_by_setting(tmp_path: Path) -> None:
     assert load_settings(path, []).run.steps == 5
 
 
+def test_further_files_are_laid_over_the_first_in_order(tmp_path: Path) -> None:
+    """Each with what it includes, overrides in their places between them."""
+    path = write(
+        tmp_path,
+        recipe="policy: {config: a-model}\nlayout: {tensor: 2}\nobjective: {options: {clip_low: 0.1}}\nrun: {steps: 5}\n",
+        pair="include: cluster.yaml\nlayout: {pipeline: 3}\nobjective: {options: {}}\n",
+        cluster="layout: {tensor: 4, pipeline: 2}\nrun: {steps: 6}\n",
+        mine="run: {steps: 7}\n",
+    )
+    pair, mine = str(tmp_path / "pair.yaml"), str((tmp_path / "mine.yaml").rename(tmp_path / "mine.yml"))
+    whole = load_settings(path, [pair, mine])
+    assert (whole.layout.tensor, whole.layout.pipeline, whole.run.steps) == (4, 3, 7)
+    assert whole.objective.options == {}  # written as a whole, it drops the recipe's members
+    assert load_settings(path, [mine, pair]).run.steps == 6
+    assert load_settings(path, ["layout.tensor=8", pair, "layout.pipeline=5"]).layout.model_dump(
+        include={"tensor", "pipeline"}
+    ) == {"tensor": 4, "pipeline": 5}
+    assert load_settings(None, [str(path), pair]) == load_settings(path, [pair])
+
+
+def test_what_is_wrong_in_a_further_file_is_told_with_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe="policy: {config: a-model}\n", pair="layout:\n  tensr: 2\n")
+    with pytest.raises(SettingsError, match=r"pair.yaml:2: unknown setting layout.tensr. Did you mean layout.tensor"):
+        load_settings(path, [str(tmp_path / "pair.yaml")])
+    with pytest.raises(SettingsError, match=r"nowhere.yaml: cannot be read: No such file"):
+        load_settings(path, ["nowhere.yaml"])
+
+
+def test_paths_in_a_further_file_are_looked_for_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "models" / "model").mkdir(parents=True)
+    path = write(tmp_path, recipe="run: {steps: 5}\n")
+    pair = write(tmp_path / "models", pair="policy: {config: model}\n")
+    assert load_settings(path, [str(pair)]).policy.config == tmp_path / "models" / "model"
+
+
 def test_includes_are_relative_to_the_including_file(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     path = write(tmp_path, top="include: parts/one.yaml\n")
@@ -250,8 +285,8 @@ def test_a_wrong_file_says_where_and_what_instead(tmp_path: Path, text: str, mes
 
 
 WRONG_OVERRIDES = {
-    "no value": ("layout.tensor", r"command line: 'layout.tensor' is not an override. Write name=value"),
-    "no name": ("=4", r"'=4' is not an override"),
+    "no value": ("layout.tensor", r"command line: 'layout.tensor' is no override and no settings file. Write name=value"),
+    "no name": ("=4", r"'=4' is no override"),
     "unknown": (
         "optimizer.learning_rate=1",
         r"command line: unknown setting optimizer.learning_rate. Did you mean optimizer.lr\?",

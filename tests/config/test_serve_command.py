@@ -34,7 +34,7 @@ def test_a_model_needs_no_settings_file() -> None:
         (["m", "sglang.tp_sise=2"], "Did you mean sglang.tp_size?"),
         (["m", "sglang.port=2"], "servers.port"),
         (["m", "servers.cuont=2"], "Did you mean servers.count?"),
-        (["m", "servers.host=0.0.0.0"], "Set servers.api_key_file"),
+        (["m", "servers.host=0.0.0.0", "servers.api_key_file=nowhere"], "servers.api_key_file = nowhere: it cannot be read"),
         (["m", "servers.urls=[http://a:1]"], "Add --servers"),
         (["m", "servers.urls=[a:1]"], "Write it as http://host:port"),
         (["m", "servers.count=0"], "nobody would sample"),

@@ -357,10 +357,6 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "servers.placement=colocated sglang.pipeline_parallel_size=2",
         "sglang.pp_size = 2 with servers.placement = colocated", "Set sglang.pp_size=1",
     ),
-    "open servers without a key": (
-        "dense", 1, "servers.host=0.0.0.0",
-        "servers.host = 0.0.0.0 without servers.api_key_file", "servers.host=127.0.0.1",
-    ),
     # publish
     "files of a broadcast": (
         "dense", 1, "publish.keep_files=true publish.transport=broadcast",

@@ -1,4 +1,4 @@
-"""From settings to the servers that are started: how many, of which model, on which GPUs, with which key; and the URL file."""
+"""From settings to the servers that are started: how many, of which model, on which GPUs; and the URL file."""
 
 import asyncio
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
-from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks, served_model
+from megatron_rl.rollout.own_servers import own_servers, require_ranks, served_model
 from megatron_rl.rollout.server import Server, ServerOptions, ServerStartError
 from megatron_rl.rollout.serving import serve
 from megatron_rl.rollout.urls_file import announced, read_urls
@@ -111,20 +111,6 @@ def test_servers_on_the_trainers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_that_there_are_not(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
     with pytest.raises(SettingsError, match=r"servers\.count = .*servers\.gpus"):
         on_gpus(monkeypatch, "0,1", *overrides)
-
-
-def test_the_key_comes_from_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_text("secret-1\n")
-    with_key = settings(f"servers.api_key_file={path}", "servers.host=0.0.0.0")
-    assert own_servers(with_key)[0].api_key == "secret-1"
-    for text in ("", "two words", "\x07"):
-        path.write_text(text)
-        with pytest.raises(SettingsError, match="holds no key"):
-            read_api_key(with_key.servers)
-    path.unlink()
-    with pytest.raises(SettingsError, match="cannot be read"):
-        read_api_key(with_key.servers)
 
 
 def test_urls_of_a_file() -> None:

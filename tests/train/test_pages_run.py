@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
-from megatron_rl.config.load import load_settings
+from megatron_rl.config.load import load_settings, names_settings_file
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.train.toy_model import write_toy_model
 from megatron_rl.weights.toy_model import ToyShape
@@ -89,8 +89,8 @@ class Reader:
         given = [*rest, *SMALLER[command]]
         if command != "sft" and not any(word.startswith(("servers.urls=", "bank.replay=")) for word in rest):
             given.append(f"servers.urls=[{self.url}]")
-        file, *overrides = given
-        shutil.rmtree(load_settings(Path(file), [word for word in overrides if "=" in word]).run.directory, ignore_errors=True)
+        file, *changes = [word for word in given if "=" in word or names_settings_file(word)]
+        shutil.rmtree(load_settings(Path(file), changes).run.directory, ignore_errors=True)
         return [command, *given]
 
 

@@ -14,7 +14,6 @@ def server_problems(settings: Settings) -> Iterator[str]:
     yield from check_arguments(settings.sglang)
     yield from _urls_are_urls(settings)
     yield from _somebody_samples(settings)
-    yield from _servers_off_this_machine_have_a_key(settings)
     yield from _a_router_passes_everything_on(settings)
     yield from placement_problems(settings)
 
@@ -38,16 +37,6 @@ def _somebody_samples(settings: Settings) -> Iterator[str]:
             "servers.count = 0 without servers.urls and servers.urls_file",
             "nobody would sample",
             "Set servers.count to at least 1, or name servers in servers.urls",
-        )
-
-
-def _servers_off_this_machine_have_a_key(settings: Settings) -> Iterator[str]:
-    servers = settings.servers
-    if servers.host not in ("127.0.0.1", "localhost", "::1") and servers.api_key_file is None:
-        yield problem(
-            f"servers.host = {servers.host} without servers.api_key_file",
-            "whoever reaches this address could change the weights and read every prompt",
-            "Set servers.api_key_file, or servers.host=127.0.0.1",
         )
 
 

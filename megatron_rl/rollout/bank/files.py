@@ -7,11 +7,19 @@ or removal, or a machine that loses power could forget it.
 import os
 from pathlib import Path
 
+PRIVATE = 0o700  # of folders with what people asked, what a model said, and keys
 BESIDE = ".partial"  # the ending of a file that is being written; a crash leaves it, the next opening removes it
 
 
 def beside(path: Path) -> Path:
     return path.with_name(path.name + BESIDE)
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that its owner alone opens, and those above it that are missing. One that is there stays as it is."""
+    for folder in reversed((path, *path.parents)):
+        if not folder.is_dir():
+            folder.mkdir(mode=PRIVATE, exist_ok=True)
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:

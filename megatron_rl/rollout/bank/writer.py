@@ -40,7 +40,7 @@ class Bank:
         """
         settings = settings or BankSettings()
         self.path, self._settings, self._folder = path, settings, Folder(path)
-        path.mkdir(parents=True, exist_ok=True)
+        files.private_folder(path)
         self._writer_lock = WriterLock(self._folder.lock)
         try:
             self.tokenizer = self._folder.create(tokenizer).get("tokenizer")

@@ -25,6 +25,7 @@ CLOSE = 1e-4  # log-probs in float32, by different kernels
 SECONDS = 120.0  # far above what anything here takes: a hang fails
 PROMPT_LENGTH, LONG = 8, 192  # tokens of a request and of its response
 LONGEST = 1536  # that the model's positions allow
+KEY = "a-key-of-the-tests-alone"  # of the dense server; servers without one do not look at it
 AT_ONCE = 32
 SETTLED = 0.3  # seconds in which what a paused server had sent has been heard
 
@@ -40,7 +41,7 @@ def settings_of(model: Path, publish: dict[str, Any] | None = None, **sections: 
 
 
 def connect(url: str) -> Client:
-    return Client(url, VOCABULARY)
+    return Client(url, VOCABULARY, KEY)
 
 
 def run[T](work: Awaitable[T]) -> T:
@@ -159,7 +160,7 @@ class _Loaded(Client):
     """A client that brings the requests under way just before it pauses the server."""
 
     def __init__(self, url: str, load: Load) -> None:
-        super().__init__(url, VOCABULARY)
+        super().__init__(url, VOCABULARY, KEY)
         self._load = load
 
     async def pause(self, mode: PauseMode) -> None:

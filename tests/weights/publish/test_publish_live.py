@@ -2,10 +2,12 @@
 
 import asyncio
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -22,10 +24,11 @@ from megatron_rl.weights.publish.report import Report
 from tests.parallel.cluster import Cluster
 from tests.parallel.publish_jobs import ENDURING, Survived, Victim
 from tests.reference.tiny_checkpoint import write_served_checkpoint
-from tests.servers import SHAPE, VOCABULARY, TinyServer, server_options
+from tests.servers import SHAPE, VOCABULARY, TinyServer, read, server_options
 from tests.weights.publish.live import (
     AT_ONCE,
     CLOSE,
+    KEY,
     PROMPT_LENGTH,
     Load,
     connect,
@@ -61,7 +64,9 @@ def starting(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
         write_served_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
     )
     arguments = {"max_total_tokens": 65536, "weight_version": "0", "disable_radix_cache": True}
-    dense_options = ServerOptions(models[0], folder / "dense.log", arguments, device="cpu", threads=1, start_seconds=300)
+    dense_options = ServerOptions(
+        models[0], folder / "dense.log", arguments, api_key=KEY, device="cpu", threads=1, start_seconds=300
+    )
     first, second = free_ports(2)
     with (
         Server.start(dense_options, first) as dense,
@@ -109,6 +114,21 @@ def check_survivors(load: Load, mode: str, old: Path, version: int, new: Path | 
             # The piece in which the version changes may hold tokens of both.
             bound += next(len(piece.tokens) for piece in response.pieces if piece.version == version)
             np.testing.assert_allclose(response.log_probs[bound:], news[PROMPT_LENGTH + bound :], atol=CLOSE)
+
+
+def test_a_server_with_a_key_answers_nobody_without(more: More) -> None:
+    """And tells nobody: its key is in no command line, no environment, and starred out of its log."""
+    for path in ("/generate", "/pause_generation", "/update_weights_from_disk", "/update_weights_from_tensor"):
+        for headers in ({}, {"Authorization": "Bearer another"}):
+            assert httpx.post(more.dense.url + path, json={}, headers=headers, trust_env=False).status_code == 401
+    assert httpx.get(f"{more.dense.url}/server_info", trust_env=False).status_code == 401
+    known = [
+        file for name in ("cmdline", "environ") for file in Path("/proc").glob(f"[0-9]*/{name}") if KEY.encode() in read(file)
+    ]
+    log = more.dense.options.log
+    assert known == [] and [path.name for path in log.parent.glob("dense*") if path.suffix != ".log"] == []
+    assert "api_key=" in log.read_text() and KEY not in log.read_text()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(("way", "mode"), WAYS)
