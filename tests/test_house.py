@@ -28,6 +28,7 @@ HEIGHT = {
     "config": 0,
     "objectives": 1,
     "data": 1,
+    "launch": 1,
     "rewards": 1,
     "weights": 1,
     "policy": 2,

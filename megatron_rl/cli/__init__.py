@@ -5,6 +5,7 @@ import typer
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
 from megatron_rl.cli.evaluate import evaluate
+from megatron_rl.cli.launch import launch
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.report import report
 from megatron_rl.cli.rewards import rewards
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(no_args_is_help=True)(train)
+app.command(no_args_is_help=True)(launch)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
 app.command(no_args_is_help=True)(serve)

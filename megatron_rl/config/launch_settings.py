@@ -33,16 +33,23 @@ class LaunchSettings(Section):
         None, description="Image that everything runs in: a registry's name, a .sqsh (pyxis) or .sif (apptainer) file."
     )
     runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="SLURM: what runs the container.")
-    mounts: tuple[str, ...] = Field((), description="SLURM: folders that the container sees besides this one, as HOST:CONTAINER.")
+    mounts: tuple[str, ...] = Field(
+        (), description="SLURM: folders that the container sees besides this one, as HOST:CONTAINER."
+    )
     venv: Path | None = Field(
-        None, description="The Python environment, as the nodes see it; default: the container's, without one .venv of checkout."
+        None,
+        description="The Python environment, as the nodes see it; default: the container's, without one .venv of checkout.",
     )
     checkout: Path | None = Field(
         None, description="The folder of megatron-rl's scripts, as the nodes see it; default: where this program lies."
     )
     modules: tuple[str, ...] = Field((), description="SLURM: environment modules to load first, such as cuda/13.0.")
-    environment: tuple[str, ...] = Field((), description="Variables of all processes, as NAME=value. No secrets: they are saved.")
-    logs: Path | None = Field(None, description="Folder of the jobs' logs, seen by all nodes; default: launch in run.directory.")
+    environment: tuple[str, ...] = Field(
+        (), description="Variables of all processes, as NAME=value. No secrets: they are saved."
+    )
+    logs: Path | None = Field(
+        None, description="Folder of the jobs' logs, seen by all nodes; default: launch in run.directory."
+    )
     at_once: PositiveInt | None = Field(None, description="Most runs of a sweep at the same time; default: as many as fit.")
     claim: str | None = Field(None, description="Kubernetes: the volume claim that all pods see, with the run's folder in it.")
     claim_path: Path = Field(Path("/shared"), description="Kubernetes: where the pods see it.")
