@@ -15,23 +15,25 @@
 #   --api-key-file FILE    the servers' API key; else one is made for this job
 #   --logs DIR             logs go into DIR/job-ID
 #   --python PYTHON        runs `-m megatron_rl.cli`: in the container where there is one
-#   --requeue N            how often the job is put back into the queue, when told to stop or when a node is lost; 0: never
+#   --requeue N            how often the job is put back into the queue when it was told to stop; 0: never
 #   --container IMAGE      with --runtime pyxis or apptainer, and any number of --mount HOST:CONTAINER
 #
 # Told to stop (SIGTERM to this script or to the steps: preemption, the end of its time), the ranks save, and the job is put back
-# into the queue; started again it goes on with `--auto-resume`. `scancel JOB` ends it for good.
+# into the queue; started again it goes on with `--auto-resume`. `scancel JOB` ends it for good. SLURM itself puts a job back that
+# has lost a node.
 #
 # Exit codes are those of `megatron-rl train`: 0 all steps are done, 2 something to mend, 143 told to stop and saved.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 STOPPED=143      # of a run that was told to stop, and has saved
-PATIENCE=60      # seconds for servers to end, and for a node to answer
+PATIENCE=60      # seconds for servers to end
+LAUNCH=5         # seconds in which SLURM starts the tasks of a step
 LAST_LINES=20    # of a log, shown when its part has failed
 
 nodes=0 ranks_per_node=1 cpus_per_rank="" server_nodes=0 colocated="" servers_per_node=1 urls="" key="" logs="" python=""
 requeue=0 container="" runtime=pyxis mounts=() words=()
-training="" serving="" told=""
+training="" serving="" told="" begun=0
 
 say() { printf '%s job %s: %s\n' "$(date +%T)" "$SLURM_JOB_ID" "$*"; }
 
@@ -168,8 +170,9 @@ step() {
     local own=()
     while [[ "$1" != --program ]]; do own+=("$1"); shift; done
     shift
-    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=1 --cpu-bind=none --open-mode=append --input=none \
+    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=1 --quiet --cpu-bind=none --open-mode=append --input=none \
         "${options[@]}" bash -c "$(declare -f "$function"); $function \"\$@\"" "$name" "${own[@]}" "${inside[@]}" "$@" &
+    begun=$SECONDS
 }
 
 joined() { local IFS=,; printf '%s' "$*"; }
@@ -211,17 +214,19 @@ start_ranks() {
 
 runs() { [[ -n "$1" ]] && kill -0 "$1" 2>/dev/null; }
 
-# signal_step NAME SIGNAL: srun itself takes SIGTERM for the end of everything, and kills; so the tasks are told directly.
+# signal_step NAME SIGNAL: srun itself takes SIGTERM for the end of everything, and kills; so the tasks are told directly. Not
+# every version of scancel ends with 0 when it has told them.
 signal_step() {
     local found
     found="$(squeue --steps --jobs="$SLURM_JOB_ID" --noheader --format='%i %j' | awk -v name="$1" '$2 == name {print $1}')"
-    [[ -n "$found" ]] && scancel --signal="$2" "$found"
+    [[ -n "$found" ]] || return 1
+    scancel --signal="$2" "$found" 2>/dev/null || true
 }
 
-# A step that is only being created is waited for.
+# Once: a second SIGTERM would end what has saved and is tidying up. A step that is only being created would not hear it.
 tell() {
     local name="$1" process="$2"
-    while runs "$process" && ! signal_step "$name" TERM; do sleep 1; done
+    while runs "$process" && { ((SECONDS < begun + LAUNCH)) || ! signal_step "$name" TERM; }; do sleep 1; done
 }
 
 on_told() {
@@ -284,30 +289,13 @@ end_servers() {
     code_of "$serving" || true
 }
 
-# Nodes of this job that do not start a process any more.
-lost_nodes() {
-    local host
-    for host in "${hosts[@]}"; do
-        timeout "$PATIENCE" srun --overlap --immediate="$PATIENCE" --nodelist="$host" --nodes=1 --ntasks=1 --input=none true >/dev/null 2>&1 ||
-            printf '%s ' "$host"
-    done
-}
-
 finish() {
-    local code="$1" lost=""
+    local code="$1"
     case "$code" in
         0) say "done" ;;
         2) show_last; say "something is to be mended: see above" ;;
         "$STOPPED") say "told to stop, and saved"; again ;;
-        *)
-            show_last
-            lost="$(lost_nodes)"
-            if [[ -n "$lost" ]]; then
-                say "lost: $lost(no process can be started there any more)"
-                again
-            fi
-            say "failed with $code. Submitted again, the run goes on from its last checkpoint"
-            ;;
+        *) show_last; say "failed with $code. Submitted again, the run goes on from its last checkpoint" ;;
     esac
     exit "$code"
 }

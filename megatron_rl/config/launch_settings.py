@@ -22,7 +22,7 @@ class LaunchSettings(Section):
     sbatch: tuple[str, ...] = Field((), description="SLURM: further options, each as one word: --constraint=h100.")
     requeue: NonNegativeInt = Field(
         20,
-        description="How often a job that was told to stop, or has lost a node, starts again by itself and goes on; 0: never.",
+        description="How often a job that was told to stop goes back into the queue, and then on; 0: never, not even for a lost node.",
     )
     signal_seconds: PositiveInt | None = Field(
         None,
