@@ -15,21 +15,7 @@ bring_browser() {
     for name in chromium chromium-browser google-chrome google-chrome-stable; do
         ! type -P "$name" >/dev/null || return 0
     done
-    if ((EUID)) || ! type -P apt-get >/dev/null; then
-        say "no browser is installed, and this user cannot install one: tests of the report's page will fail"
-        return
-    fi
-    say "installing chromium, for the tests of the report's page"
-    mkdir -p .tools
-    install_chromium >.tools/chromium.log 2>&1 ||
-        say "chromium could not be installed (.tools/chromium.log): tests of the report's page will fail"
-}
-
-install_chromium() {
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get install --yes --no-install-recommends chromium || {
-        apt-get update && apt-get install --yes --no-install-recommends chromium
-    }
+    bring_packages "a browser, for the tests of the report's page" chromium
 }
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -38,12 +24,14 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
 fi
 launch/setup.sh
 bring_browser
+bring_slurm
+bring_shellcheck
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 
 # Tests that mostly wait, for servers and for runs as users start them, go on beside those that compute. Each lane takes a thread.
-live=(tests/rollout tests/faults tests/train tests/weights/publish)
+live=(tests/rollout tests/faults tests/train tests/weights/publish tests/slurm)
 both_lanes() {
     local log=.tools/live-tests.log result=0 other=0 pid
     mkdir -p .tools

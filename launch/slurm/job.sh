@@ -50,7 +50,8 @@ main() {
     find_nodes
     prepare_folder
     trap on_told TERM INT USR1 USR2
-    say "start ${SLURM_RESTART_COUNT:-0}: ranks on ${hosts[*]:0:nodes}; servers on ${server_hosts[*]:-no node of this job}"
+    local ranks="${hosts[*]:0:nodes}"
+    say "start ${SLURM_RESTART_COUNT:-0}: ranks on ${ranks:-no node of this job}; servers on ${server_hosts[*]:-no node of this job}"
     say "logs in $folder"
     ((${#server_hosts[@]} == 0)) || start_servers
     ((nodes == 0)) || start_ranks
@@ -294,7 +295,7 @@ finish() {
     case "$code" in
         0) say "done" ;;
         2) show_last; say "something is to be mended: see above" ;;
-        "$STOPPED") say "told to stop, and saved"; again ;;
+        "$STOPPED") say "it has stopped as it was told to${training:+; what was begun is saved}"; again ;;
         *) show_last; say "failed with $code. Submitted again, the run goes on from its last checkpoint" ;;
     esac
     exit "$code"

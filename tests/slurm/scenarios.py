@@ -1,7 +1,7 @@
 """What has to come to pass on a cluster, played on a real SLURM: `tests/slurm/run.sh`.
 
-Each scenario submits what `megatron-rl launch` writes, does something to it, and returns what it saw; it raises where that is not
-what is promised. The model is a toy, ranks speak gloo, a node is a process on this machine; the rest is as anywhere.
+Each scenario submits what `megatron-rl launch` writes, does something to it, and returns what it saw; it raises where that is
+not what is promised. The model is a toy, ranks speak gloo, a node is a process on this machine; the rest is as anywhere.
 """
 
 import argparse
@@ -83,6 +83,14 @@ def completes(stage: Stage, name: str = "whole") -> str:
 def preempted(stage: Stage, name: str = "preempted") -> str:
     """Told to stop midway, as at the end of its time: it saves, is queued again, goes on, and learns what it would have."""
     job = stage.launch(name, "cluster.server_nodes=1")
+    state = stopped_midway(stage, name, job)
+    whole = f"{name}-replayed"
+    other = stage.launch(whole, f"bank.replay={stage.folder(name) / 'bank'}")
+    assert stage.cluster.ended(other) == "COMPLETED 0:0", stage.log(whole, other)
+    return f"{state}; {same(stage, name, whole)}"
+
+
+def stopped_midway(stage: Stage, name: str, job: int) -> str:
     stage.until_steps(name, 3)
     stage.cluster.ask("scancel", "--signal=TERM", "--batch", str(job))
     state = stage.cluster.ended(job, 200)
@@ -90,24 +98,17 @@ def preempted(stage: Stage, name: str = "preempted") -> str:
     assert stage.cluster.of_job(job, "Restarts") == "1"
     stage.require(name, job, "told to stop", "ranks ended with 143", "back into the queue", "start 1:", "ranks ended with 0")
     assert "stopped at step" in stage.rank_log(name, job)
-    return f"{state}, 1 restart; {learned_as_uninterrupted(stage, name)}"
+    return f"{state}, 1 restart"
 
 
-def learned_as_uninterrupted(stage: Stage, name: str) -> str:
-    """Compared with a run without a break over the same samples: weights, moments, random states and metrics, bit for bit."""
-    whole = f"{name}-replayed"
-    job = stage.launch(whole, f"bank.replay={stage.folder(name) / 'bank'}")
-    state = stage.cluster.ended(job)
-    assert state == "COMPLETED 0:0", f"{state}\n{stage.log(whole, job)}"
-    return same(stage.folder(name), stage.folder(whole))
-
-
-def same(run: Path, whole: Path) -> str:
-    assert [line["step"] for line in metrics(run)] == list(range(STEPS))
-    assert learned(run) == learned(whole)
-    found = sorted(path.relative_to(whole) for path in whole.glob(f"*/step_{STEPS:08}/*.safetensors"))
+def same(stage: Stage, name: str, whole: str, steps: int = STEPS) -> str:
+    """As a run without a break over the same samples: weights, moments, random states and metrics, bit for bit."""
+    run, other = stage.folder(name), stage.folder(whole)
+    assert [line["step"] for line in metrics(run)] == list(range(steps))
+    assert learned(run) == learned(other)
+    found = sorted(path.relative_to(other) for path in other.glob(f"*/step_{steps:08}/*.safetensors"))
     assert {path.parts[0] for path in found} == {"checkpoints", "exports"}, found
-    differing = [str(path) for path in found if (whole / path).read_bytes() != (run / path).read_bytes()]
+    differing = [str(path) for path in found if (other / path).read_bytes() != (run / path).read_bytes()]
     assert not differing, differing
     return f"{len(found)} files of weights and moments as uninterrupted, bit for bit"
 
@@ -124,7 +125,7 @@ def loses_a_node(stage: Stage, name: str = "bereft", source: str = "preempted") 
     state = stage.cluster.ended(job, 200)
     assert state == "COMPLETED 0:0", f"{state}\n{stage.log(name, job)}"
     stage.require(name, job, "Node failure on n2", "start 1:", "ranks ended with 0")
-    done = same(stage.folder(name), stage.folder(f"{source}-replayed"))
+    done = same(stage, name, f"{source}-replayed")
     return f"{state} {time.monotonic() - died:.0f} s after the node died; {done}"
 
 
