@@ -139,7 +139,7 @@ def _submit(job: Job, script: str, output: Path | None) -> None:
             f"sbatch refused {file}: {answer.stderr.strip()}\nCorrect the section launch, or ask who runs the cluster."
         )
     number = answer.stdout.strip().partition(";")[0]
-    logs = job.logs / ("slurm-%s_N.log" % number if job.sweep else f"slurm-{number}.log")
+    logs = job.logs / f"slurm-{number}{'_N' if job.sweep else ''}.log"
     make_console().print(f"job {number} is submitted ({file}); its log: {logs}; scancel {number} ends it")
 
 

@@ -22,12 +22,12 @@ class LaunchSettings(Section):
     sbatch: tuple[str, ...] = Field((), description="SLURM: further options, each as one word: --constraint=h100.")
     requeue: NonNegativeInt = Field(
         20,
-        description="How often a job that was told to stop goes back into the queue, and then on; 0: never, not even for a lost node.",
+        description="How often a job that was told to stop goes back into the queue; 0: never, nor when it has lost a node.",
     )
     signal_seconds: PositiveInt | None = Field(
         None,
-        description="Seconds before the end of its time at which a job is told to stop; default: checkpoint.grace_seconds and a "
-        "minute.",
+        description="Seconds before the end of its time at which a job is told to stop; default: checkpoint.grace_seconds and "
+        "a minute.",
     )
     container: str | None = Field(
         None, description="Image that everything runs in: a registry's name, a .sqsh (pyxis) or .sif (apptainer) file."

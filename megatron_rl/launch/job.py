@@ -14,7 +14,7 @@ from megatron_rl.config.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One script's work. `words` are the settings files and overrides as they were given, `folder` is where they mean something.
+    """One script's work. `words` are the settings files and overrides as given, `folder` is where they mean something.
 
     `checkout` is where this program's scripts are. A sweep has the words of each of its runs.
     """

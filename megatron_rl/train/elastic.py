@@ -1,8 +1,8 @@
 """torchrun that lets its ranks save: `python -m megatron_rl.train.elastic TORCHRUN'S ARGUMENTS`.
 
-torchrun itself, told to end, gives its ranks 30 seconds, and ends with 1 whatever they ended with. Here they are told, have as long
-as their settings give them (`checkpoint.grace_seconds`), and what the first of them ends with is what this ends with: 143 where they
-have saved.
+torchrun itself, told to end, gives its ranks 30 seconds, and ends with 1 whatever they ended with. Here they are told, have as
+long as their settings give them (`checkpoint.grace_seconds`), and what the first of them ends with is what this ends with: 143
+where they have saved.
 """
 
 import os

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ ClusterName=toy
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/munge
-AuthInfo=socket={place}/munge/socket,cred_expire=5
+AuthInfo=socket={munge}/socket,cred_expire=5
 CredType=cred/munge
 SlurmUser={user}
 SlurmdUser={user}
@@ -85,14 +86,16 @@ class Cluster:
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        # munged wants all users to be able to reach its socket, which they cannot in just any folder.
+        self._secrets = tempfile.TemporaryDirectory(prefix="megatron-rl-munge-")
+        self._munge = Path(self._secrets.name)
 
     def __enter__(self) -> Self:
         try:
             self._configure()
-            munge = self.place / "munge"
-            files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
-            self._start("munged", "--foreground", f"--socket={munge / 'socket'}", *files)
-            self.until("munge", (munge / "socket").exists)
+            files = [f"--{name}-file={self._munge / name}" for name in ("key", "pid", "log", "seed")]
+            self._start("munged", "--foreground", f"--socket={self._munge / 'socket'}", *files)
+            self.until("munge", (self._munge / "socket").exists)
             self._start("slurmctld", "-D")
             for name in self.names:
                 self.start_node(name)
@@ -115,6 +118,7 @@ class Cluster:
                 process.wait()
         for each in self._processes(f"SLURM_CONF={self.place / 'slurm.conf'}"):
             _kill(each)
+        self._secrets.cleanup()
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -157,6 +161,10 @@ class Cluster:
     def until(self, what: str, there: Callable[[], bool], patience: float = PATIENCE) -> None:
         deadline = time.monotonic() + patience
         while not there():
+            for name, process in self._daemons.items():
+                if process.poll() is not None:
+                    said = (self.place / f"{name.replace(' ', '-')}.out").read_text(errors="replace")
+                    raise RuntimeError(f"{name} ended with {process.returncode}:\n{said[-2000:]}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {patience:.0f} s for {what}; logs are in {self.place}\n{self._words()}")
             time.sleep(0.1)
@@ -171,15 +179,14 @@ class Cluster:
             for name, port in zip(self.names, others, strict=True)
         ]
         (self.place / "state").mkdir(parents=True)
-        (self.place / "munge").mkdir()
-        (self.place / "munge").chmod(0o711)  # programs of other users have to reach the socket, says munged
+        self._munge.chmod(0o711)
         for name in self.names:
             (self.place / f"spool-{name}").mkdir()
-        with open(os.open(self.place / "munge/key", os.O_WRONLY | os.O_CREAT, 0o400), "wb") as key:
+        with open(os.open(self._munge / "key", os.O_WRONLY | os.O_CREAT, 0o400), "wb") as key:
             key.write(os.urandom(1024))
-        (self.place / "slurm.conf").write_text(
-            CONFIGURATION.format(host=host, port=controller, place=self.place, user=getpass.getuser(), nodes="\n".join(nodes))
-        )
+        places = {"place": self.place, "munge": self._munge}
+        text = CONFIGURATION.format(host=host, port=controller, user=getpass.getuser(), nodes="\n".join(nodes), **places)
+        (self.place / "slurm.conf").write_text(text)
 
     def _start(self, program: str, *arguments: str, node: str = "") -> None:
         name = f"{program} {node}".strip()

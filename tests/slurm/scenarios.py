@@ -210,7 +210,6 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megatron-rl-slurm-") as temporary:
         place = options.folder or Path(temporary)
-        place.chmod(0o755)
         with Cluster(place) as cluster:
             stage = Stage(cluster)
             rows = [(name, *played(stage, SCENARIOS[name])) for name in options.only or SCENARIOS]

@@ -11,7 +11,6 @@ STEPS = 24
 
 def test_a_job_that_was_told_to_stop_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """It saves, goes back into the queue by itself, and learns what a job beside it learns without a break."""
-    tmp_path.chmod(0o755)
     sealed_steps(tmp_path / "bank", STEPS)
     with Cluster(tmp_path / "slurm", nodes=4) as cluster:
         stage = Stage(cluster)

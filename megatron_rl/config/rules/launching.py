@@ -1,4 +1,4 @@
-"""Rules about starting a run on a cluster. `megatron-rl launch` asks them; a run that is started otherwise has no use for them."""
+"""Rules about starting a run on a cluster. `megatron-rl launch` asks them; who starts a run otherwise has no use for them."""
 
 import math
 import re
@@ -69,8 +69,8 @@ def _machines_are_known(settings: Settings) -> Iterator[str]:
         yield problem(
             f"layout.world_size = {world} with cluster.gpus_per_node = {each}",
             "ranks fill whole machines, and this is no multiple",
-            f"Set layout.world_size to {world // each * each} or {(world // each + 1) * each}, or cluster.gpus_per_node to what "
-            "the machines have",
+            f"Set layout.world_size to {world // each * each} or {(world // each + 1) * each}, or cluster.gpus_per_node to "
+            "what the machines have",
         )
 
 
