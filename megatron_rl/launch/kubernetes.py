@@ -13,6 +13,8 @@ from megatron_rl.launch.job import Job
 
 KEY_FOLDER = "/etc/megatron-rl"
 RENDEZVOUS_PORT, SERVER_PORT = 29500, 30000
+# A pod that ended with 2 has something to be mended, which would be the same again: its job fails by podFailurePolicy.
+MEND = {"name": "mend", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label by which a pod knows how often the whole was started again
 
 
@@ -31,7 +33,7 @@ def manifest(job: Job) -> str:
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": job.name},
             **over,
-            "failurePolicy": {"maxRestarts": job.settings.launch.requeue},
+            "failurePolicy": {"maxRestarts": job.settings.launch.requeue, "rules": [MEND]},
             "replicatedJobs": parts,
         },
     }
@@ -41,21 +43,17 @@ def manifest(job: Job) -> str:
 def _part(job: Job, name: str, pods: int, words: list[str]) -> dict[str, Any]:
     """One pod a machine, numbered by Kubernetes. A pod that ends badly ends the part, and so the attempt."""
     settings = job.settings
-    variables = [
-        *(dict(zip(("name", "value"), each.split("=", 1), strict=True)) for each in settings.launch.environment),
-        {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-        {"name": "ATTEMPT", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{ATTEMPT}']"}}},
-    ]
-    if name == "train":
-        variables.append({"name": "MASTER_ADDR", "value": f"{job.name}-train-0-0.{job.name}"})
+    given = dict(each.split("=", 1) for each in settings.launch.environment)
+    known = {"MASTER_ADDR": f"{job.name}-train-0-0.{job.name}"} if name == "train" else {}
+    found = {"POD_IP": "status.podIP", "ATTEMPT": f"metadata.labels['{ATTEMPT}']"}
     container: dict[str, Any] = {
         "name": name,
         "image": settings.launch.container,
         "command": words,
         "workingDir": str(job.folder),
         "env": [
-            variable if "valueFrom" in variable else {**variable, "value": _literal(variable["value"])}
-            for variable in variables
+            *({"name": each, "value": _literal(value)} for each, value in {**given, **known}.items()),
+            *({"name": each, "valueFrom": {"fieldRef": {"fieldPath": path}}} for each, path in found.items()),
         ],
         "volumeMounts": [
             {"name": "shared", "mountPath": str(settings.launch.claim_path)},
@@ -77,7 +75,6 @@ def _part(job: Job, name: str, pods: int, words: list[str]) -> dict[str, Any]:
         "containers": [container],
         "volumes": volumes,
     }
-    # Exit code 2 is something to mend: it would be the same again.
     mend = {"action": "FailJob", "onExitCodes": {"containerName": name, "operator": "In", "values": [2]}}
     return {
         "name": name,

@@ -30,7 +30,9 @@ def container(job: dict[str, Any]) -> dict[str, Any]:
 def test_machines_that_train_and_serve(tmp_path: Path) -> None:
     document = jobset(tmp_path, "launch.requeue=7", "checkpoint.grace_seconds=60")
     assert (document["apiVersion"], document["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert document["spec"]["failurePolicy"] == {"maxRestarts": 7}
+    policy = document["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7
+    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [("FailJobSet", ["PodFailurePolicy"])]
     assert document["spec"]["successPolicy"] == {"operator": "All", "targetReplicatedJobs": ["train"]}
     jobs = parts(document)
     assert {name: (job["parallelism"], job["completions"]) for name, job in jobs.items()} == {

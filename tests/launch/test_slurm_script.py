@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.errors import SettingsError
-from megatron_rl.launch.job import Job, Part, sweep_of
+from megatron_rl.config.rules.launching import Part
+from megatron_rl.launch.job import Job, sweep_of
 from megatron_rl.launch.slurm import batch_script
 from tests.launch.jobs import ROOT, recipe, settings_of
 
