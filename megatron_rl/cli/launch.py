@@ -130,7 +130,8 @@ def _text(path: Path) -> str:
 def _submit(job: Job, script: str, output: Path | None) -> None:
     """What is submitted stays beside the logs."""
     _require_on_this_machine(job)
-    job.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (job.run_directory, job.logs):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = output or job.logs / f"{job.name}-{job.part}.sbatch"
     file.write_text(script)
     answer = subprocess.run(["sbatch", "--parsable", str(file.absolute())], capture_output=True, text=True)

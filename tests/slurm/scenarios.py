@@ -165,6 +165,18 @@ def attaches(stage: Stage, name: str = "attached") -> str:
     return f"{state}; the servers' job {left}, their URL gone"
 
 
+def colocated(stage: Stage, name: str = "colocated") -> str:
+    """Servers on the nodes of the ranks, which sleep while the policy learns."""
+    folder = stage.cluster.place / "weights"
+    job = stage.launch(name, "servers.placement=colocated", f"publish.folder={folder}", "sampling.groups=2", steps=3)
+    state = stage.cluster.ended(job, 240)
+    assert state == "COMPLETED 0:0", f"{state}\n{stage.log(name, job)}"
+    stage.require(name, job, "ranks on n1 n2; servers on n1 n2", "ranks ended with 0")
+    seen = [line["publish/servers"] for line in metrics(stage.folder(name))]
+    assert 2 in seen and all("seconds/sleep" in line for line in metrics(stage.folder(name))), seen
+    return f"{state}, 2 servers beside 2 ranks"
+
+
 def fails(stage: Stage, name: str = "broken") -> str:
     """A part that cannot start ends the job, at once and with its code; nothing is queued again."""
     job = stage.launch(name, "cluster.server_nodes=1", "servers.model=nowhere/at/all")
@@ -196,6 +208,7 @@ SCENARIOS: dict[str, Callable[[Stage], str]] = {
     "loses a node": loses_a_node,
     "preempted by a job": preempted_by_a_job,
     "servers apart": attaches,
+    "colocated": colocated,
     "a part fails": fails,
     "sweep": sweeps,
 }
