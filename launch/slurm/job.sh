@@ -11,8 +11,8 @@
 #   --server-nodes N       nodes that serve, the last of the allocation; 0: none
 #   --colocated            servers on the nodes that train, on the same GPUs
 #   --servers-per-node N   SGLang servers on each of these
-#   --urls FILE            where servers write their URLs and the run finds them; else a file of this job
-#   --api-key-file FILE    the servers' API key; else one is made for this job
+#   --urls FILE            where servers write their URLs and the run finds them; else, where there are servers, a file of this job
+#   --api-key-file FILE    the servers' API key; else FILE.key beside the URLs, made by the first job that needs it
 #   --logs DIR             logs go into DIR/job-ID
 #   --python PYTHON        runs `-m megatron_rl.cli`: in the container where there is one
 #   --requeue N            how often the job is put back into the queue when it was told to stop; 0: never
@@ -99,14 +99,21 @@ find_nodes() {
 prepare_folder() {
     folder="$logs/job-$SLURM_JOB_ID"
     (umask 077 && mkdir -p "$folder") || fail "$folder cannot be written" "Set launch.logs to a folder that all nodes see."
-    if [[ -z "$urls" ]]; then
+    if [[ -z "$urls" && ${#server_hosts[@]} -gt 0 ]]; then
         urls="$folder/urls"
         rm -f "$urls" # of servers that were killed when this job ran before
     fi
-    if [[ -z "$key" ]]; then
-        key="$folder/servers.key"
-        [[ -s "$key" ]] || (umask 077 && head -c 32 /dev/urandom | od -A n -t x1 | tr -d ' \n' >"$key")
-    fi
+    [[ -z "$urls" || -n "$key" ]] || make_key "$urls.key"
+}
+
+# Of several jobs that make it at once one does, and all read that: a link is whole or not there, and never over another.
+make_key() {
+    local own="$1.$SLURM_JOB_ID"
+    key="$1"
+    [[ ! -s "$key" ]] || return 0
+    (umask 077 && head -c 32 /dev/urandom | od -A n -v -t x1 | tr -d ' \n' >"$own")
+    ln "$own" "$key" 2>/dev/null || true
+    rm "$own"
 }
 
 # The address by which SLURM itself reaches a node.
@@ -204,7 +211,7 @@ start_ranks() {
     [[ -z "$told" ]] || return 0
     [[ -z "$cpus_per_rank" ]] || options+=(--cpus-per-task="$cpus_per_rank")
     [[ -z "$colocated" ]] || options+=(--overlap)
-    ((${#server_hosts[@]} == 0)) || found=(servers.count=0 "servers.urls_file=$urls" "servers.api_key_file=$key")
+    [[ -z "$urls" ]] || found=(servers.count=0 "servers.urls_file=$urls" "servers.api_key_file=$key")
     step train "$(joined "${hosts[@]:0:nodes}")" "${options[@]}" --output="$folder/rank-%t.log" \
         -- as_rank "$ranks_per_node" "$(address_of "${hosts[0]}")" "$(free_port)" --program \
         "$python" -m megatron_rl.cli train "${words[@]}" "${found[@]}" --auto-resume

@@ -63,14 +63,15 @@ def _sweep(job: Job) -> Iterator[str]:
 def _call(job: Job) -> str:
     """One line an argument, so that people can read it."""
     settings, launch = job.settings, job.settings.launch
+    served = settings.cluster.server_nodes > 0 or job.colocated  # by servers that are launched, in this job or beside it
     given: list[tuple[str, object | None]] = [
         ("--nodes", job.nodes),
         ("--ranks-per-node", job.ranks_per_node),
         ("--cpus-per-rank", launch.cpus_per_rank),
         ("--server-nodes", job.server_nodes),
         ("--servers-per-node", job.servers_per_node if job.server_nodes or job.colocated else None),
-        ("--urls", _beside(job, settings.servers.urls_file) if job.server_nodes else None),
-        ("--api-key-file", _beside(job, settings.servers.api_key_file) if job.server_nodes or job.colocated else None),
+        ("--urls", _beside(job, settings.servers.urls_file) if served else None),
+        ("--api-key-file", _beside(job, settings.servers.api_key_file) if served else None),
         ("--logs", job.logs),
         ("--python", job.python),
         ("--requeue", launch.requeue),

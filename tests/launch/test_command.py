@@ -95,7 +95,6 @@ WRONG: list[tuple[str, Way, Part, str]] = [
     (f"{COLOCATED} publish.folder=null", "slurm", "all", "without publish.folder"),
     (f"{ALONE} {APART}", "slurm", "servers", "there is no machine for servers"),
     ("servers.api_key_file=key", "slurm", "train", "servers.urls_file is not set"),
-    ("servers.urls_file=urls", "slurm", "servers", "servers.api_key_file is not set"),
     ("", "torchrun", "all", "servers.urls_file is not set"),
     ("launch.signal_seconds=100", "slurm", "all", "Set launch.signal_seconds to 360"),
     ("launch.mounts=[/a:/b]", "slurm", "all", "launch.mounts without launch.container"),
@@ -128,7 +127,7 @@ def test_what_cannot_work_is_told_with_a_fix(tmp_path: Path, overrides: str, way
 @pytest.mark.parametrize(
     ("overrides", "way", "part"),
     [
-        ("", "slurm", "all"), (APART, "slurm", "servers"), (APART, "slurm", "train"), (APART, "torchrun", "all"),
+        ("", "slurm", "all"), (APART, "slurm", "servers"), (APART, "slurm", "train"), (APART, "torchrun", "all"), ("servers.urls_file=urls", "slurm", "servers"),
         (COLOCATED, "slurm", "all"), (ALONE, "slurm", "all"), (f"{ALONE} servers.urls=[http://n:1]", "torchrun", "all"),
         ("launch.container=nvcr.io#nvidia/pytorch launch.mounts=[/a:/b:ro] launch.gres=gpu:h100:4", "slurm", "all"),
         ("launch.sbatch=[--constraint=h100,--mail-type=END]", "slurm", "all"),

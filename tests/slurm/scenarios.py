@@ -148,17 +148,15 @@ def preempted_by_a_job(stage: Stage, name: str = "displaced") -> str:
 
 def attaches(stage: Stage, name: str = "attached") -> str:
     """Servers are a job of their own; a run finds them by a file, ends, and leaves them for the next."""
-    place = stage.cluster.place
-    key, urls = place / "key", place / "urls"
-    key.write_text("a-key-for-this-test")
-    key.chmod(0o600)
-    shared = [f"servers.urls_file={urls}", f"servers.api_key_file={key}", "cluster.server_nodes=1"]
+    urls = stage.cluster.place / "urls"
+    shared = [f"servers.urls_file={urls}", "cluster.server_nodes=1"]
     servers = stage.launch(f"{name}-servers", *shared, "--part", "servers")
     job = stage.launch(name, *shared, "--part", "train")
     state = stage.cluster.ended(job)
     assert state == "COMPLETED 0:0", f"{state}\n{stage.log(name, job)}"
     assert stage.cluster.of_job(servers, "JobState") == "RUNNING"
     assert urls.read_text().startswith("http://")
+    assert urls.with_name("urls.key").stat().st_mode & 0o777 == 0o600
     stage.cluster.ask("scancel", str(servers))
     left = stage.cluster.ended(servers)
     stage.cluster.until("its URL to vanish", lambda: urls.read_text() == "")

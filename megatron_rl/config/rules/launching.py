@@ -143,12 +143,6 @@ def _parts_find_each_other(settings: Settings, way: Way, part: Part) -> Iterator
             "servers and ranks are started apart, and would not find each other",
             "Set servers.urls_file to a file that all machines see, the same for both",
         )
-    if apart and cluster.server_nodes and servers.api_key_file is None:
-        yield problem(
-            "servers.api_key_file is not set",
-            "servers and ranks are started apart, and need the same key",
-            "Write a word that nobody guesses into a file that you alone can read, and name it in servers.api_key_file",
-        )
 
 
 def _there_is_time_to_save(settings: Settings) -> Iterator[str]:
