@@ -73,6 +73,8 @@ def launch(
         runs = () if sweep is None else sweep_of(_text(sweep), words, settings)
         for own in runs:
             _require_launchable(load_settings(config, [*words[1:], *own]), way, part)
+        if way == "torchrun" and part == "all" and settings.cluster.server_nodes:
+            part = "train"  # of one script for each machine, servers have another
         checkout = Path.cwd() / (settings.launch.checkout or HERE)
         job = Job(settings, words, Path.cwd(), checkout, part, runs)
         script = WRITERS[way](job)

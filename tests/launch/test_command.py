@@ -33,6 +33,13 @@ def test_a_dry_run_is_the_script_and_nothing_else(tmp_path: Path, way: str, monk
     assert not (tmp_path / "runs").exists()  # nothing was begun
 
 
+def test_ranks_whose_servers_are_elsewhere_start_none(tmp_path: Path) -> None:
+    """servers.count then speaks of the servers' machines."""
+    words = ["servers.urls_file=urls", "servers.count=4", "--torchrun"]
+    assert launched(tmp_path, *words).stdout.endswith(" servers.count=4 servers.count=0\n")
+    assert "--servers 4 " in launched(tmp_path, *words, "--part", "servers").stdout
+
+
 def test_several_settings_files_are_passed_on_as_given(tmp_path: Path) -> None:
     (tmp_path / "machines.yaml").write_text("cluster: {nodes: 3}\nlaunch: {time: '1:00:00'}\n")
     result = launched(tmp_path, str(tmp_path / "machines.yaml"), "run.steps=9", "--slurm")
@@ -93,6 +100,7 @@ WRONG: list[tuple[str, Way, Part, str]] = [
     (f"{COLOCATED} cluster.server_nodes=2", "slurm", "all", "cluster.server_nodes = 2 with servers.placement = colocated"),
     (f"{COLOCATED} servers.urls_file=urls", "slurm", "train", "--part train with servers.placement = colocated"),
     (f"{COLOCATED} publish.folder=null", "slurm", "all", "without publish.folder"),
+    (COLOCATED, "torchrun", "all", "a run starts servers on its first machine alone"),
     (f"{ALONE} {APART}", "slurm", "servers", "there is no machine for servers"),
     ("servers.api_key_file=key", "slurm", "train", "servers.urls_file is not set"),
     ("", "torchrun", "all", "servers.urls_file is not set"),
@@ -127,7 +135,8 @@ def test_what_cannot_work_is_told_with_a_fix(tmp_path: Path, overrides: str, way
 @pytest.mark.parametrize(
     ("overrides", "way", "part"),
     [
-        ("", "slurm", "all"), (APART, "slurm", "servers"), (APART, "slurm", "train"), (APART, "torchrun", "all"), ("servers.urls_file=urls", "slurm", "servers"),
+        ("", "slurm", "all"), (APART, "slurm", "servers"), (APART, "slurm", "train"),
+        (APART, "torchrun", "all"), ("servers.urls_file=urls", "slurm", "servers"),
         (COLOCATED, "slurm", "all"), (ALONE, "slurm", "all"), (f"{ALONE} servers.urls=[http://n:1]", "torchrun", "all"),
         ("launch.container=nvcr.io#nvidia/pytorch launch.mounts=[/a:/b:ro] launch.gres=gpu:h100:4", "slurm", "all"),
         ("launch.sbatch=[--constraint=h100,--mail-type=END]", "slurm", "all"),

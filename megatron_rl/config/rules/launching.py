@@ -50,7 +50,7 @@ def launch_problems(settings: Settings, way: Way, part: Part) -> Iterator[str]:
     """Whatever is in the way of starting this on a cluster; one line each."""
     yield from _machines_are_known(settings)
     yield from _servers_fit(settings, way, part)
-    yield from _colocated_servers_have_their_place(settings, part)
+    yield from _colocated_servers_have_their_place(settings, way, part)
     yield from _parts_find_each_other(settings, way, part)
     yield from _there_is_time_to_save(settings)
     yield from _containers_are_whole(settings, way)
@@ -106,7 +106,7 @@ def _servers_fit(settings: Settings, way: Way, part: Part) -> Iterator[str]:
         )
 
 
-def _colocated_servers_have_their_place(settings: Settings, part: Part) -> Iterator[str]:
+def _colocated_servers_have_their_place(settings: Settings, way: Way, part: Part) -> Iterator[str]:
     if not settings.servers.colocated:
         return
     cluster = settings.cluster
@@ -122,7 +122,14 @@ def _colocated_servers_have_their_place(settings: Settings, part: Part) -> Itera
             "these servers and ranks share GPUs, so they share a job",
             "Remove --part",
         )
-    if (machines(settings) or (1, 1))[0] > 1 and settings.publish.folder is None:
+    several = (machines(settings) or (1, 1))[0] > 1
+    if several and way != "slurm":
+        yield problem(
+            f"servers.placement = colocated on several machines with --{way}",
+            "a run starts servers on its first machine alone; only the script of --slurm starts them on all",
+            "Use --slurm, or give servers machines of their own (cluster.server_nodes)",
+        )
+    if several and settings.publish.folder is None:
         yield problem(
             "servers.placement = colocated on several machines without publish.folder",
             "servers on the ranks' GPUs get their weights through files, on machines that share no memory",
