@@ -101,3 +101,39 @@ bring_python() {
     is_python_3_12 "$python" || fail "$python does not run as Python 3.12" "Install Python 3.12 by other means, and run this again."
     printf '%s\n' "$python"
 }
+
+# bring_packages WHAT PACKAGES...: what tests need of the system, by apt where it is there and this user may. Tests that need it
+# fail without it, and say so.
+bring_packages() {
+    local what="$1" log="$root/.tools/apt.log"
+    shift
+    if ((EUID)) || ! type -P apt-get >/dev/null; then
+        say "$what is not installed (Debian: $*), and this user cannot install it: the tests that need it will fail"
+        return
+    fi
+    say "installing $what"
+    mkdir -p "$root/.tools"
+    install_packages_of_system "$@" >"$log" 2>&1 || say "$* could not be installed ($log): the tests that need it will fail"
+}
+
+install_packages_of_system() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install --yes --no-install-recommends "$@" || {
+        apt-get update && apt-get install --yes --no-install-recommends "$@"
+    }
+}
+
+# Its daemons are started by tests alone, with a configuration of their own.
+bring_slurm() {
+    local name
+    for name in slurmctld slurmd sbatch munged; do
+        PATH="$PATH:/usr/sbin" type -P "$name" >/dev/null || {
+            bring_packages "SLURM, for the tests of launching" slurm-wlm munge
+            return
+        }
+    done
+}
+
+bring_shellcheck() {
+    type -P shellcheck >/dev/null || bring_packages "shellcheck, for the tests of the scripts" shellcheck
+}

@@ -9,30 +9,13 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
 
-# The report's page is tested in a real browser, and scripts by shellcheck. Without them their tests fail, and say so.
-bring_tools() {
-    local missing=() name
-    for name in chromium chromium-browser google-chrome google-chrome-stable none; do
-        ! type -P "$name" >/dev/null || break
+# The report's page is tested in a real browser. Without one its tests fail, and say so.
+bring_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        ! type -P "$name" >/dev/null || return 0
     done
-    [[ "$name" != none ]] || missing+=(chromium)
-    type -P shellcheck >/dev/null || missing+=(shellcheck)
-    ((${#missing[@]})) || return 0
-    if ((EUID)) || ! type -P apt-get >/dev/null; then
-        say "${missing[*]}: not installed, and this user cannot install it: tests that need it will fail"
-        return
-    fi
-    say "installing ${missing[*]}, for the tests"
-    mkdir -p .tools
-    apt_install "${missing[@]}" >.tools/apt.log 2>&1 ||
-        say "${missing[*]} could not be installed (.tools/apt.log): tests that need it will fail"
-}
-
-apt_install() {
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get install --yes --no-install-recommends "$@" || {
-        apt-get update && apt-get install --yes --no-install-recommends "$@"
-    }
+    bring_packages "a browser, for the tests of the report's page" chromium
 }
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -40,13 +23,15 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     exit 0
 fi
 launch/setup.sh
-bring_tools
+bring_browser
+bring_slurm
+bring_shellcheck
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 
 # Tests that mostly wait, for servers and for runs as users start them, go on beside those that compute. Each lane takes a thread.
-live=(tests/rollout tests/faults tests/train tests/weights/publish)
+live=(tests/rollout tests/faults tests/train tests/weights/publish tests/slurm)
 both_lanes() {
     local log=.tools/live-tests.log result=0 other=0 pid
     mkdir -p .tools

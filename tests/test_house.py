@@ -29,6 +29,7 @@ HEIGHT = {
     "objectives": 1,
     "data": 1,
     "plan": 1,
+    "launch": 1,
     "rewards": 1,
     "weights": 1,
     "policy": 2,

@@ -5,6 +5,7 @@ import typer
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
 from megatron_rl.cli.evaluate import evaluate
+from megatron_rl.cli.launch import launch
 from megatron_rl.cli.plan import plan
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.report import report
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(plan)
+app.command(no_args_is_help=True)(launch)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
 app.command(no_args_is_help=True)(serve)

@@ -13,7 +13,7 @@ from megatron_rl.config.checks import require_valid, warnings
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
-from megatron_rl.config.load import load_settings
+from megatron_rl.config.load import load_settings, names_settings_file
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
 from megatron_rl.train.folder import SETTINGS, require_fresh, settings_file
@@ -34,6 +34,9 @@ def train(
             "--resume", metavar="RUN_DIR", help="Continue the run in this folder, with its settings.", show_default=False
         ),
     ] = None,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Continue the run in run.directory where there is one, else begin it.")
+    ] = False,
 ) -> None:
     """Train a policy by reinforcement learning, or see with `--dry-run` what would be trained and which rank would hold what.
 
@@ -53,13 +56,14 @@ def train(
     - `megatron-rl train recipe.yaml layout.tensor=4 layout.expert=8 layout.world_size=64 --dry-run --ranks`
     - `megatron-rl train --resume runs/mine run.steps=400` after a kill, a preemption, or to go on for longer
 
-    Ranks are started on this machine when no launcher has; for several machines use torchrun or SLURM:
-
-    - `torchrun --nproc-per-node 8 -m megatron_rl.cli train recipe.yaml`
+    Ranks are started on this machine when no launcher has. For several machines see `megatron-rl launch`, which writes scripts
+    for SLURM, torchrun and Kubernetes.
 
     Told to stop (SIGTERM, Ctrl-C), a run saves and ends; `--resume` goes on as if nothing had been.
     """
     with told_to_the_user():
+        if auto_resume:
+            config, overrides, resume = _where_it_stands(config, overrides or [], resume)
         settings = _settings(config, overrides or [], resume)
         if ranks and not dry_run:
             raise SettingsError("--ranks shows the layout of a dry run. Add --dry-run.")
@@ -68,8 +72,8 @@ def train(
             return
         if resume is None:
             require_fresh(settings)
-        start_ranks(settings, _require_buildable)
-        _require_buildable(settings)
+        start_ranks(settings, require_buildable)
+        require_buildable(settings)
         tell_warnings(warnings(settings, read_architecture(settings.policy.config), settings.world_size or 1))
         _run(settings, resume=resume is not None)
 
@@ -122,7 +126,19 @@ def _settings(config: Path | None, overrides: list[str], resume: Path | None) ->
     return load_settings(config, overrides)
 
 
-def _require_buildable(settings: Settings) -> None:
+def _where_it_stands(
+    config: Path | None, overrides: list[str], resume: Path | None
+) -> tuple[Path | None, list[str], Path | None]:
+    """What to train with `--auto-resume`: as given, or the run that is there already with its settings and these overrides."""
+    if resume is not None:
+        raise SettingsError("--auto-resume finds out by itself whether there is a run. Give either it or --resume RUN_DIR.")
+    folder = _settings(config, overrides, None).run.directory
+    if not (folder / SETTINGS).exists():
+        return config, overrides, None
+    return None, [each for each in overrides if not names_settings_file(each)], folder
+
+
+def require_buildable(settings: Settings) -> None:
     """Raise a SettingsError for rewards or an objective that cannot be.
 
     The default objective can be: looking at it would only load torch.
@@ -143,7 +159,7 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     architecture = read_architecture(settings.policy.config)
     world_size = settings.world_size or smallest_world_size(settings.layout)
     require_valid(settings, architecture, world_size)
-    _require_buildable(settings)
+    require_buildable(settings)
     tell_warnings(warnings(settings, architecture, world_size))
     if settings.world_size is None:
         console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_rl.config.cluster_settings import ClusterSettings
 from megatron_rl.config.data_settings import BankSettings, DataSettings
+from megatron_rl.config.launch_settings import LaunchSettings
 from megatron_rl.config.learning_settings import EvaluationSettings, SupervisedSettings
 from megatron_rl.config.observe_settings import ObserveSettings
 from megatron_rl.config.publish_settings import PublishSettings
@@ -238,6 +239,7 @@ class Settings(Section):
     policy: PolicySettings
     layout: LayoutSettings = LayoutSettings()
     cluster: ClusterSettings = ClusterSettings()
+    launch: LaunchSettings = LaunchSettings()
     moe: MoeSettings = MoeSettings()
     precision: PrecisionSettings = PrecisionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

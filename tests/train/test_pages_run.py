@@ -34,7 +34,10 @@ SMALLER = {
 }
 MODELS = ("Qwen3-30B-A3B", "models/qwen3", "checkpoints/base")  # pages' names for a checkpoint that the reader has
 TUTORIAL = ROOT / "docs/tutorial.md"
-NOT_HERE = {"--watch": "it ends with Ctrl-C alone, which tests/observe presses"}
+NOT_HERE = {
+    "--watch": "it ends with Ctrl-C alone, which tests/observe presses",
+    "--kubernetes": "its paths are those of the pods; tests/launch reads the manifest",
+}
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Reader:
         command, *rest = words
         if command == "serve":
             return [*words, "--dry-run"]
+        if command == "launch":  # as many ranks as the page has machines for
+            return [*[word for word in words if word != "--submit"], "layout.world_size=null"]
         if command == "report":
             return [word for word in words if word != "--open"]
         if command == "convert":
@@ -116,6 +121,7 @@ def after_the_tutorial(toy: tuple[Path, str], tmp_path_factory: pytest.TempPathF
     for name in MODELS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(model)
+    (folder / "sweep.txt").write_text("optimizer.lr=1e-6\noptimizer.lr=2e-6 objective.options.clip_low=1e-3\n")
     (folder / "recipe.yaml").write_text("include: configs/quickstart.yaml\nrun: {directory: runs/mine}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
