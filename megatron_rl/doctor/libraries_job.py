@@ -1,4 +1,4 @@
-"""Load packages one after the other, and say of each what it is. Where it ends in the middle, the last one named is to blame."""
+"""Load packages one after the other, and say of each what it is. Where this ends early, the last one named is to blame."""
 
 import importlib
 import sys

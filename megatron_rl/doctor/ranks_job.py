@@ -127,7 +127,7 @@ def clocks(layout: Layout) -> Iterator[Finding]:
     if times:
         first, host = times[0]
         away, other = max(((first - moment, name) for moment, name in times), key=lambda pair: abs(pair[0]))
-        yield judge(away, f"of all ranks' clocks the farthest, on {other},", host)
+        yield judge(away, f"the clock of {other}, the farthest of {len(times)} ranks',", host)
 
 
 def main() -> None:

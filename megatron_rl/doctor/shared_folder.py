@@ -57,4 +57,8 @@ def _judged(seen: list[tuple[str, str]], folder: Path) -> Iterator[Finding]:
         yield error(f"a lock of {seen[0][0]} does not keep {', '.join(lawless)} out", str(folder), SHARE)
     if not blind and not lawless:
         hosts = len({host for host, _ in seen})
-        yield well(f"{len(seen)} ranks on {hosts} machines see one folder and its locks", str(folder), machines=hosts)
+        yield well(
+            f"{len(seen)} ranks on {hosts} machine{'s' if hosts > 1 else ''} see one folder and its locks",
+            str(folder),
+            machines=hosts,
+        )
