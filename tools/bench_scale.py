@@ -217,8 +217,9 @@ def _alone(part: str, size: Size, pipe: Connection) -> None:
 
 
 def measure(part: str, size: Size) -> Measured:
-    """In a process of its own, which begins with what is loaded here."""
-    context = multiprocessing.get_context("fork")
+    """In a process of its own, forked from one that has loaded everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.bench_scale"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_alone, args=(part, size, theirs))
     process.start()

@@ -112,8 +112,8 @@ async def sample_a_step(servers: int, samples: int, group_size: int) -> tuple[Co
     pool = Pool(ServerSettings(urls=("http://pretended",)), Demands("none", 1000))
     for number in range(servers):
         url = f"http://server{number}:30000"
-        worker = Worker(cast(Client, Pretender(url, pretended)), pool._hand_out, forgiven=3)
-        worker.desk.capacity = Capacity(AT_ONCE, AT_ONCE * 4.0 * (PROMPT + RESPONSE))
+        worker = Worker(cast(Client, Pretender(url, pretended)), pool._servers_changed, forgiven=3)
+        worker.desk.resize(Capacity(AT_ONCE, AT_ONCE * 4.0 * (PROMPT + RESPONSE)))
         pool.fleet.workers[url] = worker
         worker.become(Healthy())
     floor = Floor(pool, Judge(), Sampling(RESPONSE), Limits(RESPONSE, PROMPT + RESPONSE))
