@@ -42,7 +42,7 @@ CHECKS: Mapping[str, Check] = {
         check_libraries, "torch, CUDA, NCCL, Transformer Engine, SGLang, flash-attn, apex: load, and fit", "machine"
     ),
     "gpus": Check(check_gpus, "GPUs: how many, which, driver, topology, who else uses them", "machine"),
-    "network": Check(check_network, "names, interfaces, proxies, InfiniBand", "machine"),
+    "network": Check(check_network, "names, interfaces, InfiniBand", "machine"),
     "ports": Check(check_ports, "ports of servers and of the rendezvous", "machine"),
     "limits": Check(check_limits, "open files, shared memory, memory", "machine"),
     "folder": Check(check_folder, "run.directory: can be written to, room, speed", "machine"),

@@ -1,4 +1,4 @@
-"""Addresses, interfaces and proxies that ranks and servers will use."""
+"""Addresses and interfaces that ranks and servers will use."""
 
 import socket
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from megatron_rl.doctor.finding import Finding, error, warning, well
 from megatron_rl.doctor.visit import Visit
 
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -28,7 +27,6 @@ def check_network(visit: Visit) -> Iterator[Finding]:
                 variable,
                 "Name an interface that is there (ip addr), or unset it.",
             )
-    yield from _proxy(visit)
     yield from _infiniband()
 
 
@@ -65,18 +63,6 @@ def _master(visit: Visit) -> Iterator[Finding]:
             f"MASTER_ADDR = {master} has no address here: {fault}",
             "MASTER_ADDR",
             "Give a name or address that all machines know.",
-        )
-
-
-def _proxy(visit: Visit) -> Iterator[Finding]:
-    """httpx heeds them, as every program does; requests to servers of this machine would be sent away."""
-    proxy = next((name for name in PROXIES if visit.environment.get(name)), None)
-    spared = f"{visit.environment.get('no_proxy', '')},{visit.environment.get('NO_PROXY', '')}"
-    if proxy is not None and not any(name in spared.split(",") for name in ("127.0.0.1", "localhost", "*")):
-        yield warning(
-            f"{proxy} is set: requests to servers would go through a proxy",
-            proxy,
-            "Unset it, or list the servers' machines in no_proxy: no_proxy=127.0.0.1,localhost,…",
         )
 
 
