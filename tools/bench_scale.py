@@ -4,7 +4,7 @@
     python tools/bench_scale.py --ranks 64 256 --only packing
 
 With n ranks there are n/8 servers and 64 n samples a step, in groups of 8: 128 servers and 65,536 samples for 1,024 ranks. The
-model is Qwen3-235B-A22B. Printed: for each part the seconds of one process, at each size, the most memory it took beyond what
+model is Qwen3-235B-A22B. Printed: for each part the seconds of CPU of one process, at each size, the most memory it took beyond what
 it began with, and the exponent of n that fits best. Where work is shared out, what one rank does is measured, on a few ranks.
 An exponent of 1 is a cost that is flat for a sample; one above 1.2 is told of.
 
@@ -79,16 +79,16 @@ class Size:
 
 @dataclass
 class Watch:
-    """Seconds by what was done."""
+    """Seconds of CPU by what was done: what else the machine does is not our cost."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def on(self, name: str, times: int = 1) -> Iterator[None]:
         """`times`: of how many like this one takes the mean."""
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        self.seconds[name] = (time.perf_counter() - started) / times
+        self.seconds[name] = (time.process_time() - started) / times
 
 
 def lengths_of(size: Size) -> list[int]:
@@ -241,7 +241,7 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 def table(sizes: Sequence[int], found: Mapping[str, Sequence[Measured]]) -> Iterator[str]:
     """Markdown, and what grows too fast below it."""
-    yield "| seconds, for ranks: | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |"
+    yield "| seconds of CPU, for ranks: | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |"
     yield "| --- |" + " ---: |" * (len(sizes) + 1)
     grows = []
     for part, measured in found.items():
