@@ -4,9 +4,9 @@
     python tools/bench_scale.py --ranks 64 256 --only packing
 
 With n ranks there are n/8 servers and 64 n samples a step, in groups of 8: 128 servers and 65,536 samples for 1,024 ranks. The
-model is Qwen3-235B-A22B. Printed: for each part the seconds of CPU of one process, at each size, the most memory it took beyond what
-it began with, and the exponent of n that fits best. Where work is shared out, what one rank does is measured, on a few ranks.
-An exponent of 1 is a cost that is flat for a sample; one above 1.2 is told of.
+model is Qwen3-235B-A22B. Printed: for each part the seconds of CPU of one process, at each size, the most memory it took beyond
+what it began with, and the exponent of n that fits best. Where work is shared out, what one rank does is measured, on a few
+ranks. An exponent of 1 is a cost that is flat for a sample; one above 1.2 is told of.
 
 A result is written to a file with --json. docs/scale.md shows one, and says what each part is.
 """
