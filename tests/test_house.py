@@ -36,7 +36,8 @@ HEIGHT = {
     "rollout": 2,
     "observe": 3,
     "train": 4,
-    "cli": 5,
+    "doctor": 5,
+    "cli": 6,
 }
 
 # Of the rooms below it, observe looks at files alone: the bank's, for the samples of a report, and the tokenizer's, for their
@@ -48,7 +49,7 @@ DOORS = {
     "megatron": ("policy/", "weights/"),
     "transformer_engine": ("policy/", "weights/"),
     "sglang": ("rollout/", "weights/publish"),
-    "torch": ("objectives/", "policy/", "weights/", "rollout/", "train/"),
+    "torch": ("objectives/", "policy/", "weights/", "rollout/", "train/", "doctor/"),
 }
 
 

@@ -4,6 +4,7 @@ import typer
 
 from megatron_rl.cli import bank, data, look
 from megatron_rl.cli.convert import convert
+from megatron_rl.cli.doctor import doctor
 from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.launch import launch
 from megatron_rl.cli.plan import plan
@@ -36,6 +37,7 @@ app.command("eval", no_args_is_help=True)(evaluate)
 app.command("settings")(look.list_settings)
 app.command("objectives")(look.list_objectives)
 app.command()(rewards)
+app.command()(doctor)
 app.command(no_args_is_help=True)(rollout)
 app.command(no_args_is_help=True)(report)
 app.command()(look.version)

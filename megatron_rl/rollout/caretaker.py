@@ -167,7 +167,7 @@ class Caretaker:
         """Let it work if it can do what is asked and has the current weights, which it is given if there is a way to."""
         worker, weights, before = self._worker, self._weights, self._worker.health
         info = await inspect(worker.client, self._demands)
-        worker.desk.capacity = self._capacity(info)
+        worker.desk.resize(self._capacity(info))
         worker.torn = worker.torn or info.state != "whole"
         async with weights.lock:
             if weights.asleep:

@@ -10,7 +10,6 @@ sampled twice.
 """
 
 import asyncio
-import itertools
 import logging
 import math
 from collections.abc import Container, Coroutine
@@ -101,6 +100,20 @@ class Drawn:
     task: "asyncio.Task[Outcome]"
 
 
+class _Done[Name]:
+    """Draws as they get done, by name. Each is watched once: to wait anew for all that are left would cost their square."""
+
+    def __init__(self) -> None:
+        self._tasks: asyncio.Queue[tuple[Name, asyncio.Task[Outcome]]] = asyncio.Queue()
+
+    def watch(self, task: "asyncio.Task[Outcome]", name: Name) -> None:
+        task.add_done_callback(lambda done: self._tasks.put_nowait((name, done)))
+
+    async def next(self) -> tuple[Name, Outcome]:
+        name, task = await self._tasks.get()
+        return name, task.result()
+
+
 class Collector:
     """One of them samples for a run. `collect` fills one step after the other, in order."""
 
@@ -125,6 +138,7 @@ class Collector:
         self._running: dict[int, Drawn] = {}  # by place
         self._replayed: dict[int, list[str]] = {}
         self._under_way: set[asyncio.Task[Outcome]] = set()
+        self._left: dict[str, list[str]] = {}  # groups that were finished before a crash, by the key of their draw
         self._find_sealed(step)
 
     async def collect(self, step: int) -> Collected:
@@ -164,6 +178,8 @@ class Collector:
             used |= {draw_of(key) for key in keys}
             self._begun += self.plan.groups
             step += 1
+        for name in self.bank.waiting():
+            self._left.setdefault(_drawn_key(name), []).append(name)
         kept = {draw_of(key) for key in (*self.bank.waiting(), *self.bank.carried())}
         draws = max([self._draws, *(draw + 1 for draw in used | kept)])
         done = used | kept if self.plan.partial else used  # first-done steps find what is kept by themselves
@@ -188,17 +204,17 @@ class Collector:
         if not all(place in self._running for place in places):
             raise ValueError(f"step {tally.step} cannot be sampled after {self.version} updates with ahead = {self.plan.ahead}")
         filled: dict[int, Outcome] = {}
-        drawn = self.plan.groups
+        drawn, done = self.plan.groups, _Done[int]()
+        for place in places:
+            done.watch(self._running[place].task, place)
         while len(filled) < self.plan.groups:
-            waiting = {self._running[place].task: place for place in places if place not in filled}
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                place, outcome = waiting[task], task.result()
-                if self._fills(outcome, tally, last_try=drawn >= self.plan.tries * self.plan.groups):
-                    filled[place] = outcome
-                else:
-                    drawn += 1
-                    self._running[place] = self._draw(tally.step)
+            place, outcome = await done.next()
+            if self._fills(outcome, tally, last_try=drawn >= self.plan.tries * self.plan.groups):
+                filled[place] = outcome
+            else:
+                drawn += 1
+                self._running[place] = self._draw(tally.step)
+                done.watch(self._running[place].task, place)
         for place in places:
             del self._running[place]
             _count(filled[place], tally)
@@ -225,35 +241,42 @@ class Collector:
         wanted, most = self.plan.groups, self.plan.tries * self.plan.groups
         for key in self.bank.waiting()[:wanted]:
             _count(_outcome([key], [self.bank.read(key).samples]), tally)
-        running = {drawn.task: drawn for drawn in map(self._resume, self.bank.carried(), itertools.repeat(tally.step))}
+        running, done = dict[str, Drawn](), _Done[str]()
+        counted = set(tally.keys)
+
+        def begin(new: Drawn) -> None:
+            running[new.key] = new
+            done.watch(new.task, new.key)
+
+        for key in self.bank.carried():
+            begin(self._resume(key, tally.step))
         draws = 0
         while len(tally.keys) < wanted:
             while len(running) < math.ceil(self.plan.over_sampling * (wanted - len(tally.keys))):
-                new = self._draw(tally.step, besides={drawn.key for drawn in running.values()} | set(tally.keys))
-                running[new.task] = new
+                begin(self._draw(tally.step, running, counted))
                 draws += 1
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                del running[task]
-                if self._fills(task.result(), tally, last_try=draws >= most) and len(tally.keys) < wanted:
-                    _count(task.result(), tally)
+            key, outcome = await done.next()
+            del running[key]
+            if self._fills(outcome, tally, last_try=draws >= most):
+                _count(outcome, tally)
+                counted.update(outcome.keys)
         await self.floor.interrupt()
-        for task in running:
-            outcome = await task
+        for left in running.values():
+            outcome = await left.task
             tally.cut += outcome.cut
             if not outcome.cut:
                 self._fills(outcome, tally, last_try=False)
 
     # -- one draw ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, step: int, besides: Container[str] = ()) -> Drawn:
-        """The next draw, first those that were begun before a crash; `besides` are under way already."""
+    def _draw(self, step: int, *besides: Container[str]) -> Drawn:
+        """The next draw, first those that were begun before a crash; `besides` are under way already, or done."""
         while True:
             draw = self._pending.pop(0) if self._pending else self._draws
             self._draws = max(self._draws, draw + 1)
             prompt = self.prompts.at(draw)
             key = f"{prompt.key}@{draw}"
-            if key not in besides:
+            if not any(key in keys for keys in besides):
                 return self._started(draw, key, self._sampled(prompt, key, step))
 
     def _resume(self, key: str, step: int) -> Drawn:
@@ -267,8 +290,8 @@ class Collector:
         return Drawn(draw, key, task)
 
     async def _sampled(self, prompt: Prompt, key: str, step: int, unfinished: tuple[Sample, ...] = ()) -> Outcome:
-        known = [name for name in self.bank.waiting() if name == key or name.startswith(f"{key}/")]
-        if known:  # finished before a crash
+        known = self._left.pop(key, None)
+        if known is not None:
             return _outcome(known, [self.bank.read(name).samples for name in known])
         try:
             result = await self.strategy.run(prompt, key, self.floor, unfinished)
@@ -290,6 +313,12 @@ class Collector:
 def draw_of(key: str) -> int:
     """The draw that a group's key names: prompt@draw, or prompt@draw/part."""
     return int(key.rpartition("@")[2].partition("/")[0])
+
+
+def _drawn_key(name: str) -> str:
+    """The key of a draw, of which a group with this name is all or a part."""
+    prompt, at, rest = name.rpartition("@")
+    return f"{prompt}{at}{rest.partition('/')[0]}"
 
 
 def _name(key: str, graded: Graded) -> str:

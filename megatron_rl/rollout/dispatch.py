@@ -5,6 +5,7 @@ requests than it runs at once and less weight than its share; one with nothing t
 to the server that has the group's prompt in its prefix cache, if it has room, else to the one with the least to do.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -27,21 +28,28 @@ class Desk:
     capacity: Capacity
     requests: int = 0
     tokens: int = 0
+    load: float = field(default=0.0, init=False)  # the fuller of the two shares; kept, since it is asked for far more often
 
     def has_room(self, weight: int) -> bool:
         return self.requests == 0 or (self.requests < self.capacity.requests and self.tokens + weight <= self.capacity.tokens)
 
-    @property
-    def load(self) -> float:
-        return max(self.requests / self.capacity.requests, self.tokens / self.capacity.tokens)
-
     def take(self, weight: int) -> None:
         self.requests += 1
         self.tokens += weight
+        self._weigh()
 
     def finish(self, weight: int) -> None:
         self.requests -= 1
         self.tokens -= weight
+        self._weigh()
+
+    def resize(self, capacity: Capacity) -> None:
+        """The server has told anew what it takes on."""
+        self.capacity = capacity
+        self._weigh()
+
+    def _weigh(self) -> None:
+        self.load = max(self.requests / self.capacity.requests, self.tokens / self.capacity.tokens)
 
 
 @dataclass
@@ -52,11 +60,15 @@ class Homes:
 
     def choose[Name: Hashable](self, group: str, desks: Iterable[tuple[Name, Desk]], weight: int) -> Name | None:
         """The server for a request of a group among those that get work; None when none has room."""
-        free = {name: desk for name, desk in desks if desk.has_room(weight)}
-        if not free:
+        home, chosen, least = self._homes.get(group), None, math.inf
+        for name, desk in desks:  # a hundred of them, for each of tens of thousands of requests: once, and little for each
+            if name == home and desk.has_room(weight):
+                chosen = name
+                break
+            if desk.load < least and desk.has_room(weight):
+                chosen, least = name, desk.load
+        if chosen is None:
             return None
-        home = self._homes.get(group)
-        chosen = next((name for name in free if name == home), None) or min(free, key=lambda name: free[name].load)
         self._homes[group] = chosen
         self._homes.move_to_end(group)
         if len(self._homes) > REMEMBERED:

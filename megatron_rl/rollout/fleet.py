@@ -142,7 +142,7 @@ class Fleet:
             yield from ((worker, worker.desk) for worker in working)
         elif working and self.router.works and not any(isinstance(w.health, Paused | Outdated) for w in self.workers.values()):
             capacities = [worker.desk.capacity for worker in working]
-            self.router.desk.capacity = Capacity(sum(c.requests for c in capacities), sum(c.tokens for c in capacities))
+            self.router.desk.resize(Capacity(sum(c.requests for c in capacities), sum(c.tokens for c in capacities)))
             yield self.router, self.router.desk
 
     async def abort(self, worker: Worker, request: str) -> None:

@@ -12,9 +12,10 @@ later than that has no version, never a wrong one, because weights have none whi
 """
 
 import asyncio
+import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling, new_request
-from megatron_rl.rollout.dispatch import Homes
+from megatron_rl.rollout.dispatch import Desk, Homes
 from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.growing import Decode, Growing
@@ -76,7 +77,8 @@ class Pool:
         self._queue: deque[Waiting] = deque()
         self._interruptions = 0
         self._watching: asyncio.Task[None] | None = None
-        self.fleet = Fleet(settings, demands, api_key, version, self._hand_out)
+        self._too_heavy = math.inf  # no server but one that is freed has room for this weight, or for more
+        self.fleet = Fleet(settings, demands, api_key, version, self._servers_changed)
 
     async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
         """Start servers of our own and meet the others; see `Fleet.begin`."""
@@ -122,7 +124,7 @@ class Pool:
                 continue
             finally:
                 worker.desk.finish(growing.weight)
-                self._hand_out()
+                self._hand_out(worker)
             if finish != "abort":
                 worker.request_done()
                 return growing.generation(finish)
@@ -206,23 +208,40 @@ class Pool:
         try:
             return await waiting.place
         except asyncio.CancelledError:
-            given = waiting.place
-            if not given.cancelled() and given.exception() is None and (worker := given.result()) is not None:
-                worker.desk.finish(weight)  # cancelled in the moment between the gift and its acceptance
-                self._hand_out()
+            given, freed = waiting.place, None
+            if not given.cancelled() and given.exception() is None and (freed := given.result()) is not None:
+                freed.desk.finish(weight)  # cancelled in the moment between the gift and its acceptance
+            self._hand_out(freed)  # whoever stood behind it may ask for less
             raise
 
-    def _hand_out(self) -> None:
-        """Give those in front of the queue to servers that have room."""
+    def _servers_changed(self) -> None:
+        """One has come, gone, or is well again: whatever was known of room is not."""
+        self._too_heavy = math.inf
+        self._hand_out()
+
+    def _hand_out(self, freed: Worker | None = None) -> None:
+        """Give those in front of the queue to servers that have room; `freed` is one that has just finished something.
+
+        While all are busy that one alone can have got room for what none had room for: to ask a hundred servers for each of
+        tens of thousands of responses would cost more than all else that is done for them here.
+        """
         while self._queue:
             first = self._queue[0]
             if not first.place.done():
-                worker = self._homes.choose(first.group, self.fleet.at_work(), first.weight)
+                worker = self._homes.choose(first.group, self._to_ask(first.weight, freed), first.weight)
                 if worker is None:
+                    self._too_heavy = first.weight
                     return
                 worker.desk.take(first.weight)
                 first.place.set_result(worker)
             self._queue.popleft()
+        self._too_heavy = math.inf  # from here on servers finish without being looked at
+
+    def _to_ask(self, weight: int, freed: Worker | None) -> Iterable[tuple[Worker, Desk]]:
+        """Servers that may have room for so much."""
+        if weight < self._too_heavy or self.fleet.router is not None:
+            return self.fleet.at_work()
+        return [(freed, freed.desk)] if freed is not None and freed.works else []
 
     def _dismiss(self, error: Exception | None) -> None:
         """Send everybody in the queue away, with an error or without a server."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.config.layout_map import rank_coordinates
+from megatron_rl.config.layout_map import Coordinates, rank_coordinates
 from megatron_rl.config.settings import LayoutSettings
 from megatron_rl.weights.boxes import Box, Slice, overlap, within
 from megatron_rl.weights.map import WeightMap
@@ -65,22 +65,44 @@ def buckets(weight_map: WeightMap, names: Iterable[str], numbers: int) -> list[t
     return [*found, tuple(present)] if present else found
 
 
-def plan_gather(weight_map: WeightMap, layout: LayoutSettings, world_size: int, rounds: Iterable[Wanted]) -> list[Round]:
+def plan_gather(
+    weight_map: WeightMap, layout: LayoutSettings, world_size: int, rounds: Iterable[Wanted], rank: int | None = None
+) -> list[Round]:
     """Which box goes from where to where, so that each rank of each round gets the HF tensors that it wants.
 
-    A rank that holds a box of what it wants sends it to nobody; of several other holders each serves some.
+    A rank that holds a box of what it wants sends it to nobody; of several other holders each serves some. With `rank`, only
+    the moves that this rank has a part in: all of them would be receivers x tensors many, on each of a thousand ranks.
     """
     holders = _holders(weight_map, layout, world_size)
     planned = []
     for wanted in rounds:
+        targets: dict[tuple[str, ...], list[int]] = defaultdict(list)  # those who want the same, mostly all
+        for target, names in wanted.items():
+            targets[tuple(names)].append(target)
         moves = (
-            move for target, names in wanted.items() for name in names for move in _moves(weight_map, holders, name, target)
+            move
+            for names, alike in targets.items()
+            for name in names
+            for move in _moves(weight_map, holders, name, alike, rank)
         )
         planned.append(Round(wanted, tuple(moves)))
     return planned
 
 
-_Holders = Mapping[tuple[str, int], Sequence[tuple[Box, tuple[int, ...]]]]
+@dataclass(frozen=True)
+class _Holding:
+    """A box, and the ranks that hold it: in order, and to be looked up in."""
+
+    box: Box
+    ranks: tuple[int, ...]
+    known: frozenset[int]
+
+    def source(self, target: int) -> int:
+        """Who sends it to a rank: the rank itself, if it has it."""
+        return target if target in self.known else self.ranks[target % len(self.ranks)]
+
+
+_Holders = Mapping[tuple[str, int], Sequence[_Holding]]
 
 
 def _section(rule: Rule, box: Box) -> tuple[str, int]:
@@ -91,21 +113,38 @@ def _section(rule: Rule, box: Box) -> tuple[str, int]:
 def _holders(weight_map: WeightMap, layout: LayoutSettings, world_size: int) -> _Holders:
     """For each Megatron tensor (or expert of it) the boxes that it is cut into, and the ranks that hold each."""
     ranks: dict[tuple[str, int], dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for place in rank_coordinates(layout, world_size):
+    for place, alike in holding_alike(layout, world_size):
         for held in weight_map.held(layout, place):
-            ranks[_section(held.rule, held.box)][held.box].append(place.rank)
-    return {section: [(box, tuple(found)) for box, found in boxes.items()] for section, boxes in ranks.items()}
+            ranks[_section(held.rule, held.box)][held.box].extend(alike)
+    return {
+        section: [_Holding(box, tuple(sorted(found)), frozenset(found)) for box, found in boxes.items()]
+        for section, boxes in ranks.items()
+    }
 
 
-def _moves(weight_map: WeightMap, holders: _Holders, name: str, target: int) -> Iterator[Move]:
+def holding_alike(layout: LayoutSettings, world_size: int) -> Iterator[tuple[Coordinates, list[int]]]:
+    """Ranks that hold the same boxes, with the place of one of them: there are far fewer kinds of ranks than ranks."""
+    kinds: dict[tuple[int, ...], list[Coordinates]] = defaultdict(list)
+    for place in rank_coordinates(layout, world_size):
+        kinds[place.pipeline, place.tensor, place.expert_tensor, place.expert].append(place)
+    for places in kinds.values():
+        yield places[0], [place.rank for place in places]
+
+
+def _moves(weight_map: WeightMap, holders: _Holders, name: str, targets: Sequence[int], rank: int | None) -> Iterator[Move]:
+    """Of one HF tensor to all who want it; of these only the moves that the rank, if one is given, has a part in."""
     rule = weight_map.hf[name].rule
+    own = [target for target in targets if target == rank]
     for part in weight_map.parts(name):
-        for box, ranks in holders[_section(rule, part.box)]:
-            shared = overlap(part.box, box)
+        for holding in holders[_section(rule, part.box)]:
+            shared = overlap(part.box, holding.box)
             if shared is None:
                 continue
-            source = target if target in ranks else ranks[target % len(ranks)]
-            yield Move(source, target, rule.megatron, box, shared, name, part.hf_of(shared))
+            hf_box = part.hf_of(shared)
+            for target in targets if rank is None or rank in holding.known else own:
+                source = holding.source(target)
+                if rank is None or rank in (source, target):
+                    yield Move(source, target, rule.megatron, holding.box, shared, name, hf_box)
 
 
 # -- doing -------------------------------------------------------------------------------------------------------------

@@ -98,16 +98,18 @@ class Committer:
     def _commit(self, records: Sequence[Record]) -> None:
         """Write in batches that fit in memory. A record that cannot be kept is told so; the others go on."""
         batch: list[tuple[Record, bytes]] = []
+        finishing: set[str] = set()  # keys of the batch's groups
         size = 0
         for record in records:
             if record.future.set_running_or_notify_cancel():  # nobody waits for what was cancelled before it was written
-                payload = self._encoded(record, {other.key for other, _ in batch if other.kind == Kind.GROUP})
+                payload = self._encoded(record, finishing)
                 if payload is not None:
                     batch.append((record, payload))
+                    finishing |= {record.key} if record.kind == Kind.GROUP else set()
                     size += len(payload)
             if size >= BATCH_BYTES:
                 self._write(batch)
-                batch, size = [], 0
+                batch, finishing, size = [], set(), 0
         if batch:
             self._write(batch)
 

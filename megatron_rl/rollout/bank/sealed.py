@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,13 @@ class SealedStep:
         if wrong:
             raise BankError(f"{self.path} has rows 0 to {self.rows - 1}, and row {wrong[0]} was asked for.")
         needs = [*SAMPLE_NEEDS, *(f"{REWARD}{name}" for name in self.reward_names), *(ROUTING_NEEDS if routing else ())]
-        owners = np.searchsorted(self._row_group_starts, np.asarray(indices, dtype=np.int64), side="right") - 1
+        rows = np.unique(np.asarray(indices, dtype=np.int64))
+        owners = np.searchsorted(self._row_group_starts, rows, side="right") - 1
         found: dict[int, Sample] = {}
-        for owner in np.unique(owners).tolist():
+        for owner, owned in groupby(zip(owners.tolist(), rows.tolist(), strict=True), key=itemgetter(0)):
             table, start = self.columns(needs, owner), int(self._row_group_starts[owner])
-            for index in {int(index) for index, own in zip(indices, owners, strict=True) if own == owner}:
-                found[index] = sample_of(cells_of(table, index - start))
+            for _, row in owned:
+                found[row] = sample_of(cells_of(table, row - start))
         return [found[index] for index in indices]
 
     def groups(self) -> Iterator[Group]:

@@ -87,9 +87,12 @@ def plan_files(units: Sequence[Unit], bucket_bytes: int, shares: Mapping[str, Ma
     busy = [0] * world_size
     queues: list[list[Unit]] = [[] for _ in range(world_size)]
     for unit in units:
-        at_hand = [sum(shares[name].get(rank, 0) for name in unit.names) for rank in range(world_size)]
-        most = max(at_hand)
-        rank = min((rank for rank in range(world_size) if at_hand[rank] == most), key=lambda rank: busy[rank])
+        at_hand: dict[int, int] = {}  # only of ranks that have any: a tensor is on few of a thousand
+        for name in unit.names:
+            for rank, numbers in shares[name].items():
+                at_hand[rank] = at_hand.get(rank, 0) + numbers
+        most = max(at_hand.values())
+        rank = min((rank for rank, numbers in at_hand.items() if numbers == most), key=lambda rank: (busy[rank], rank))
         busy[rank] += unit.bytes
         queues[rank].append(unit)
     buckets = [fill_buckets(queue, bucket_bytes) for queue in queues]

@@ -1,0 +1,34 @@
+"""The settings themselves: whether they can be read, and fit the model and the number of ranks."""
+
+from collections.abc import Iterator
+
+from megatron_rl.config.checks import check, warnings
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.families import read_architecture
+from megatron_rl.config.layout_map import smallest_world_size
+from megatron_rl.doctor.finding import Finding, error, warning, well
+from megatron_rl.doctor.visit import Visit
+
+FIX = "Correct it; megatron-rl train CONFIG --dry-run shows the settings and who holds what."
+
+
+def check_settings(visit: Visit) -> Iterator[Finding]:
+    """As `train --dry-run` does, each problem a finding."""
+    if visit.problem is not None:
+        yield from (error(line, visit.named, FIX) for line in visit.problem.splitlines())
+        return
+    settings = visit.settings
+    if settings is None:
+        yield well("no settings are given: the machine alone is looked at", "")
+        return
+    try:
+        architecture = read_architecture(settings.policy.config)
+    except UserError as fault:
+        yield error(str(fault), visit.named, FIX)
+        return
+    size = visit.place.world_size if visit.launched else settings.world_size or smallest_world_size(settings.layout)
+    problems = check(settings, architecture, size)
+    yield from (error(line, visit.named, FIX) for line in problems)
+    yield from (warning(line, visit.named, FIX) for line in warnings(settings, architecture, size))
+    if not problems:
+        yield well(f"the settings fit a {architecture.family} of {architecture.layers} layers on {size} ranks", visit.named)
