@@ -12,7 +12,8 @@ from megatron_rl.doctor.visit import Visit
 from megatron_rl.rollout.client import Client, Sampling
 from megatron_rl.rollout.connection import Patience
 from megatron_rl.rollout.errors import ServerError
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.keys import NOT_MADE, given_key
+from megatron_rl.rollout.own_servers import own_servers
 from megatron_rl.rollout.suitability import Demands, shortcomings
 from megatron_rl.rollout.urls_file import read_urls
 
@@ -27,14 +28,14 @@ def check_servers(visit: Visit) -> Iterator[Finding]:
     urls, key = list(visit.urls), None
     settings = visit.settings
     if settings is not None:
-        key = read_api_key(settings.servers)
+        key = given_key(settings)
         urls += [url for url in settings.servers.urls if url not in urls]
         if settings.servers.urls_file is not None:
             named = _named(settings.servers.urls_file)
             urls += [url for url in named if url not in urls]
             if not named:
                 yield error("the file of URLs names no server", str(settings.servers.urls_file), START)
-        own = own_servers(settings)
+        own = own_servers(settings, key or NOT_MADE)  # making one is the run's
         if own:
             yield well(f"the run starts {len(own)} servers of {own[0].model} itself", visit.named)
     elif not urls:

@@ -25,13 +25,19 @@ def api_key(settings: Settings) -> str | None:
     It is in servers.api_key_file; or beside servers.urls_file, where `megatron-rl serve` leaves it. Own servers that listen
     beyond this machine are never without: one is made for them where none is given.
     """
+    key = given_key(settings)
+    if key is None and settings.servers.starts_any and not is_loopback(settings.servers.host):
+        return made_key(logs_folder(settings) / MADE)
+    return key
+
+
+def given_key(settings: Settings) -> str | None:
+    """The same where there is one already."""
     servers = settings.servers
     if servers.api_key_file is not None:
         return read_key(servers.api_key_file)
     if servers.urls_file is not None and (beside := beside_urls(servers.urls_file)).exists():
         return read_key(beside)
-    if servers.starts_any and not is_loopback(servers.host):
-        return made_key(logs_folder(settings) / MADE)
     return None
 
 
