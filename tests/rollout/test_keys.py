@@ -41,7 +41,10 @@ def test_servers_beyond_this_machine_get_a_key(settings: Callable[..., Settings]
     assert [each.name for each in path.parent.iterdir()] == ["api_key"]
 
 
-@pytest.mark.parametrize("overrides", [[], ["servers.host=localhost"], ["servers.host=::1"], ["servers.urls=[http://a:1]"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["servers.host=localhost"], ["servers.host=::1"], ["servers.urls=[http://a:1]"], [OPEN, "servers.urls=[http://a:1]"]],
+)
 def test_where_nobody_else_can_reach_there_is_none(settings: Callable[..., Settings], overrides: list[str]) -> None:
     assert api_key(settings(*overrides)) is None
     assert {options.api_key for options in own_servers(settings(*overrides))} <= {None}
