@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from megatron_rl.cli.arguments import Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ def doctor(
         str | None,
         typer.Argument(metavar="[CONFIG]", help="Settings file (YAML) of the run that is meant.", show_default=False),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
     step: Annotated[
         bool, typer.Option("--step/--no-step", help="Let a toy policy learn and servers generate; the slowest of all.")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl.cli.arguments import Config, Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
 from megatron_rl.config.checks import require_valid
 from megatron_rl.config.errors import SettingsError
@@ -47,11 +48,8 @@ type ResponseTokens = Annotated[
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings that differ from the file.", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     gpus: Gpus = None,
     gpu: Gpu = None,
     machine: MachineFile = None,
