@@ -12,10 +12,10 @@ ARG GPU_BASE=nvcr.io/nvidia/pytorch:25.11-py3
 
 FROM python:3.12.12-slim-bookworm AS cpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# The last two are for the tests: the report's page in a browser, and the scripts.
+# The last four are for the tests: the report's page in a browser, the scripts, and SLURM.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        g++ git libnuma1 chromium shellcheck \
+        g++ git libnuma1 chromium shellcheck slurm-wlm munge \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1001 trainer
 USER trainer

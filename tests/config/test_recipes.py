@@ -14,6 +14,9 @@ from megatron_rl.config.families import read_architecture
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.show import render_layout
+from megatron_rl.plan.job import Job, workload_of
+from megatron_rl.plan.machine import find_machine
+from megatron_rl.plan.plan import Plan
 from megatron_rl.rewards import registry
 from megatron_rl.train import objective
 
@@ -111,7 +114,7 @@ def test_parameters_are_those_that_authors_state(model: str) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_recipe_runs_on_a_pair(pair: str) -> None:
-    """It loads, passes every check without a warning, and its ranks can be dealt out."""
+    """It loads, passes every check without a warning, its ranks can be dealt out, and ranks and servers have the memory."""
     settings = load(pair)
     shape, ranks = read_architecture(settings.policy.config), settings.world_size
     assert ranks is not None
@@ -123,6 +126,9 @@ def test_every_recipe_runs_on_a_pair(pair: str) -> None:
             recipe,
             [],
         )
+        assert settings.cluster.gpu is not None
+        plan = Plan(Job(settings, shape, ranks, find_machine(settings.cluster.gpu), workload_of(settings, None, None)))
+        assert (recipe, plan.problems) == (recipe, [])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
