@@ -195,9 +195,12 @@ class Client:
         await self._connection.call("/continue_generation", {}, self.patience.answer)
         self._connection.release()
 
-    async def update_from_disk(self, path: str, version: int, load_format: str | None = None) -> None:
-        """Load the weights of a checkpoint folder that the server sees under this path."""
-        body = {"model_path": path, "load_format": load_format}
+    async def update_from_disk(self, path: str, version: int) -> None:
+        """Load the weights of a checkpoint folder that the server sees under this path.
+
+        Named as files of a checkpoint: a server that was started with random weights looks else for more of those, and fails.
+        """
+        body = {"model_path": path, "load_format": "auto"}
         await self._update("/update_weights_from_disk", body, version)
 
     async def update_from_tensors(self, tensors: Mapping[str, "Tensor"], version: int, tensor_parallel: int = 1) -> None:

@@ -45,7 +45,8 @@ DENSE_WAYS = (("disk", "abort"), ("broadcast", "retract"), ("tensor", "retract")
 
 @dataclass(frozen=True)
 class More:
-    """Two servers beside the shared one: a dense model without a prefix cache, and a twin of the shared server."""
+    """Two servers beside the shared one: a dense model without a prefix cache, begun with random weights as a policy's servers
+    are that begins so, and a twin of the shared server."""
 
     dense: Server
     dense_models: tuple[Path, Path]
@@ -53,6 +54,8 @@ class More:
 
     async def ready(self) -> None:
         await asyncio.gather(self.dense.ready(), self.twin.ready())
+        async with connect(self.dense.url) as client:
+            await client.update_from_disk(str(self.dense_models[0]), version=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +66,7 @@ def starting(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
         write_served_checkpoint(folder / "model", "qwen3", seed=2, num_hidden_layers=2),
         write_served_checkpoint(folder / "other", "qwen3", seed=3, num_hidden_layers=2),
     )
-    arguments = {"max_total_tokens": 65536, "weight_version": "0", "disable_radix_cache": True}
+    arguments = {"max_total_tokens": 65536, "weight_version": "0", "disable_radix_cache": True, "load_format": "dummy"}
     dense_options = ServerOptions(
         models[0], folder / "dense.log", arguments, api_key=KEY, device="cpu", threads=1, start_seconds=300
     )
