@@ -25,7 +25,7 @@ from megatron_rl.config.layout_map import stage_layers
 from megatron_rl.config.settings import Settings
 from megatron_rl.policy.layout import Layout
 from megatron_rl.policy.modules import without_extra_state
-from megatron_rl.policy.precision import simulate_fp8
+from megatron_rl.policy.precision import simulate_fp8, takes_transformer_engine
 from megatron_rl.policy.specs import backend_for, block_spec
 from megatron_rl.policy.transformer_config import build_transformer_config, gpt_model_arguments
 
@@ -67,7 +67,8 @@ def bare(chunk: torch.nn.Module) -> GPTModel:
 def build_model(architecture: Architecture, settings: Settings, layout: Layout) -> Model:
     """Build and wrap this rank's chunks. Weights are random, or, when they come from a checkpoint, not yet anything."""
     device = layout.device
-    config = build_transformer_config(architecture, settings, cuda=device.cuda, transformer_engine=device.transformer_engine)
+    engine = takes_transformer_engine(settings.precision, device)
+    config = build_transformer_config(architecture, settings, cuda=device.cuda, transformer_engine=engine)
     chunks: list[torch.nn.Module] = []
     stages = stage_layers(settings.layout, architecture)[layout.pipeline_rank]
     for index, layers in enumerate(stages):
@@ -85,9 +86,10 @@ def build_model(architecture: Architecture, settings: Settings, layout: Layout) 
 
 
 def _build_chunk(architecture: Architecture, config: TransformerConfig, layout: Layout, index: int, layers: range) -> GPTModel:
+    backend = backend_for(config.transformer_impl == "transformer_engine")
     return GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(architecture, config, backend_for(layout.device), layers, layout.groups.tp),
+        transformer_layer_spec=block_spec(architecture, config, backend, layers, layout.groups.tp),
         pre_process=layout.is_first_stage(index),
         post_process=layout.is_last_stage(index),
         pg_collection=layout.groups,

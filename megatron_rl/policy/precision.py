@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megatron_rl.config.settings import PrecisionSettings
+from megatron_rl.policy.device import Device
 from megatron_rl.policy.modules import DuplicatedLinear, GroupedLinear
 from megatron_rl.weights.quantize import ACTIVATION_BLOCKS, WEIGHT_BLOCKS, Blocks, Recipe, round_to_fp8
 
@@ -53,6 +54,11 @@ def quantized_modules(
                 if isinstance(module, ColumnParallelLinear | RowParallelLinear | DuplicatedLinear | GroupedLinear):
                     chosen[f"decoder.layers.{local}.{name}"] = module
     return chosen
+
+
+def takes_transformer_engine(settings: PrecisionSettings, device: Device) -> bool:
+    """Whether layers are Transformer Engine's. Its layers round nothing from outside, so simulated FP8 takes torch's own."""
+    return device.transformer_engine and settings.fp8 != "simulated"
 
 
 def simulate_fp8(chunk: GPTModel, settings: PrecisionSettings, first_layer: int, layers: int) -> None:

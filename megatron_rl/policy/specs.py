@@ -26,7 +26,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.policy.attention import PackedAttention
-from megatron_rl.policy.device import Device
 from megatron_rl.policy.group_choice import router_for
 from megatron_rl.policy.modules import (
     ColumnGroupedLinear,
@@ -89,8 +88,8 @@ def transformer_engine_backend() -> Backend:
     )
 
 
-def backend_for(device: Device) -> Backend:
-    return transformer_engine_backend() if device.transformer_engine else torch_backend()
+def backend_for(transformer_engine: bool) -> Backend:
+    return transformer_engine_backend() if transformer_engine else torch_backend()
 
 
 def _latent_attention(backend: Backend) -> ModuleSpec:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.config.settings import PrecisionSettings
 from megatron_rl.objectives.gspo import SequencePolicyLoss
-from megatron_rl.policy.precision import quantized_modules
+from megatron_rl.policy.device import Device
+from megatron_rl.policy.precision import quantized_modules, takes_transformer_engine
 from tests.parallel.jobs import toy_sequences
 from tests.policy.single import opened, tiny_settings
 
@@ -54,6 +56,14 @@ def test_on_policy_ratio_is_exactly_one(name: str, tmp_path: Path) -> None:
         assert first.metrics["ratio_deviation"] == 0.0 and first.metrics["clip_fraction"] == 0.0
         assert second.metrics["ratio_deviation"] > 0.0
         assert first.grad_norm > 0.0
+
+
+def test_simulated_fp8_takes_layers_that_it_can_round() -> None:
+    """Transformer Engine's would be found in no list of linear layers, and nothing be rounded, without a word."""
+    gpu = Device("cuda", torch.device("cuda", 0), "nccl", transformer_engine=True)
+    assert takes_transformer_engine(PrecisionSettings(fp8="off"), gpu)
+    assert takes_transformer_engine(PrecisionSettings(fp8="transformer_engine"), gpu)
+    assert not takes_transformer_engine(PrecisionSettings(fp8="simulated"), gpu)
 
 
 def test_formats_differ_by_their_grain(tmp_path: Path) -> None:
