@@ -122,7 +122,8 @@ def _stages(report: Report) -> str:
             f"<g><title>{escape(stage.text)}</title>"
             f"<text class='strong' x='{names - 8}' y='{y + 15}' text-anchor='end'>{escape(stage.name)}</text>"
             f"<rect class='{kind}' x='{names}' y='{y}' height='20' "
-            f"width='{max(scale.at(mean) - names, 1.5):.1f}'/><text x='{scale.at(mean) + 6:.1f}' y='{y + 15}'>{number(mean)}</text>"
+            f"width='{max(scale.at(mean) - names, 1.5):.1f}'/>"
+            f"<text x='{scale.at(mean) + 6:.1f}' y='{y + 15}'>{number(mean)}</text>"
             f"<line class='limit' x1='{limit:.1f}' x2='{limit:.1f}' y1='{y - 4}' y2='{y + 24}'/></g>"
         )
     return _svg(shapes, height)
@@ -140,7 +141,8 @@ def _routing(rows: Sequence[Mapping[str, float]]) -> str:
         x, height = LEFT + (place + 0.5) * width, row["differs"] / most * (base - TOP)
         shapes.append(
             f"<g><title>layer {row['layer']:.0f}: {row['differs']:.2%} differ</title>"
-            f"<rect class='other' x='{x - width * 0.35:.1f}' y='{base - height:.1f}' width='{width * 0.7:.1f}' height='{height:.1f}'/></g>"
+            f"<rect class='other' x='{x - width * 0.35:.1f}' y='{base - height:.1f}' width='{width * 0.7:.1f}' "
+            f"height='{height:.1f}'/></g>"
         )
         if place % every == 0:
             shapes.append(_below(x, f"{row['layer']:.0f}"))

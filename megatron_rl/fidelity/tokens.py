@@ -145,7 +145,8 @@ def growth(compared: Compared) -> float:
     if len(compared.size) < 2 or np.ptp(compared.position) == 0 or np.ptp(compared.size) == 0:
         return 0.0
     ranks = [values.argsort().argsort().astype(np.float64) for values in (compared.position, compared.size)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    ours, theirs = (values - values.mean() for values in ranks)
+    return float((ours * theirs).sum() / np.sqrt((ours**2).sum() * (theirs**2).sum()))
 
 
 def _bin(name: str, size: Floats) -> Bin | None:

@@ -17,7 +17,7 @@ from megatron_rl.fidelity.report import Report
 from megatron_rl.policy.layout import Launch
 from tests.servers import VOCABULARY, TinyServer
 
-PROMPTS, PROMPT, TOKENS = 4, 12, 20
+PROMPTS, PROMPT, TOKENS = 2, 12, 40
 WRONG_EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 
@@ -31,10 +31,18 @@ def settings_of(server: TinyServer, model: Path, **sections: Any) -> Settings:
     return Settings.model_validate({**defaults, **given})
 
 
-def looked(settings: Settings, *, drawn_at: float = 1.0, may_send: bool = False, tolerance: float | None = None) -> Report:
+def looked(
+    settings: Settings,
+    *,
+    drawn_at: float = 1.0,
+    said: float | None = None,
+    may_send: bool = False,
+    step: int | None = None,
+) -> Report:
+    """Look at the server of the settings, which samples at a temperature, `said` if it is told to be another."""
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(3, VOCABULARY - 1, (PROMPTS, PROMPT), generator=generator).tolist()
-    wanted = Wanted(PROMPT + TOKENS, drawn_at, may_send, tolerance)
+    wanted = Wanted(PROMPT + TOKENS, drawn_at if said is None else said, may_send, step=step)
     with bench(settings, Draws(prompts, TOKENS, drawn_at), lambda done, total: None) as hands:
         return examine(settings, Launch(), hands, wanted, lambda what: None)
 
