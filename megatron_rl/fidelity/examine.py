@@ -34,7 +34,7 @@ LIKE_ROUNDING = 2.0  # times what rounding does to the policy's own log-probs
 GROWS = 0.3  # rank correlation of |Δ| with the position
 MANY = 0.25  # share of the parts that differ where weights are of another version, and not single tensors wrong
 SHOWN = 4  # tensors that a verdict names
-TEMPERATURES = tuple(float(value) for value in np.geomspace(0.25, 4.0, 25))
+TEMPERATURES = tuple(float(value) for value in np.geomspace(0.25, 4.0, 13))
 OF_NO_MATTER = ("family", "init_std", "max_positions")  # of a model, to its log-probs
 
 type Tell = Callable[[str], None]

@@ -88,6 +88,7 @@ def _bins(bins: Sequence[Bin], limit: float) -> str:
     scale = _Scale([value for each in bins for value in (each.mean, each.median, each.p99)] + [limit], HEIGHT - BOTTOM, TOP)
     shapes = [*_grid(scale), _rule(scale.at(limit))]
     width = (WIDTH - LEFT - RIGHT) / max(len(bins), 1)
+    half = min(width * 0.3, 24)
     every = -(-len(bins) // LABELS)
     for place, each in enumerate(bins):
         x = LEFT + (place + 0.5) * width
@@ -96,8 +97,8 @@ def _bins(bins: Sequence[Bin], limit: float) -> str:
             f"{each.name}: {each.tokens} tokens, mean {number(each.mean)}, p99 {number(each.p99)}, largest {number(each.max)}"
         )
         shapes.append(
-            f"<g><title>{escape(title)}</title><rect class='band' x='{x - width * 0.3:.1f}' y='{top:.1f}' "
-            f"width='{width * 0.6:.1f}' height='{max(bottom - top, 1.0):.1f}'/>"
+            f"<g><title>{escape(title)}</title><rect class='band' x='{x - half:.1f}' y='{top:.1f}' "
+            f"width='{half * 2:.1f}' height='{max(bottom - top, 1.0):.1f}'/>"
             f"<circle class='mean' cx='{x:.1f}' cy='{scale.at(each.mean):.1f}' r='3.5'/></g>"
         )
         if place % every == 0:
@@ -132,7 +133,7 @@ def _stages(report: Report) -> str:
 def _routing(rows: Sequence[Mapping[str, float]]) -> str:
     base, most = HEIGHT - BOTTOM, max([row["differs"] for row in rows] + [0.01])
     width, every = (WIDTH - LEFT - RIGHT) / len(rows), -(-len(rows) // LABELS)
-    shapes = []
+    half, shapes = min(width * 0.35, 40), []
     for part in (0.0, 0.5, 1.0):
         y = base - part * (base - TOP)
         shapes.append(f"<line class='axis' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
@@ -141,7 +142,7 @@ def _routing(rows: Sequence[Mapping[str, float]]) -> str:
         x, height = LEFT + (place + 0.5) * width, row["differs"] / most * (base - TOP)
         shapes.append(
             f"<g><title>layer {row['layer']:.0f}: {row['differs']:.2%} differ</title>"
-            f"<rect class='other' x='{x - width * 0.35:.1f}' y='{base - height:.1f}' width='{width * 0.7:.1f}' "
+            f"<rect class='other' x='{x - half:.1f}' y='{base - height:.1f}' width='{half * 2:.1f}' "
             f"height='{height:.1f}'/></g>"
         )
         if place % every == 0:

@@ -9,8 +9,10 @@ from typer.testing import CliRunner, Result
 
 from megatron_rl.cli import app
 from megatron_rl.fidelity.setup import settings_of
-from tests.fidelity.planted import changed
-from tests.reference.tiny_checkpoint import write_served_model
+from megatron_rl.policy.checkpoint import CheckpointWriter
+from megatron_rl.policy.state import save_policy
+from tests.policy.single import opened, tiny_settings
+from tests.reference.tiny_checkpoint import write_served_checkpoint, write_served_model
 from tests.servers import TinyServer
 
 
@@ -51,7 +53,7 @@ def test_what_it_refuses(tiny_models: tuple[Path, Path], tmp_path: Path) -> None
 
 
 def test_a_server_of_another_model_is_refused(tiny_server: TinyServer, tmp_path: Path) -> None:
-    other = changed(tiny_server.model, tmp_path / "other", vocab_size=500)
+    other = write_served_checkpoint(tmp_path / "other", "qwen3_moe", num_hidden_layers=2, num_experts=4, vocab_size=504)
     result = run(other, "--server", tiny_server.server.url, "precision.dtype=float32", "--prompts", 1, "--tokens", 2)
     assert result.exit_code == 2 and "whose vocabulary has 512 tokens" in " ".join(result.output.split()), result.output
 
@@ -66,16 +68,12 @@ def test_an_own_server_computes_as_the_policy_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_checkpoint_of_a_run_is_taken_as_it_was_trained(precision: str, tmp_path: Path) -> None:
-    from megatron_rl.policy.checkpoint import CheckpointWriter
-    from megatron_rl.policy.state import save_policy
-    from tests.policy.single import opened, tiny_settings
-
     settings = tiny_settings(tmp_path / "model", precision={"dtype": precision}, policy={
         "config": tmp_path / "model" / "config.json", "temperature": 0.8})  # fmt: skip
     with opened(settings) as policy:
         saved = save_policy(CheckpointWriter(tmp_path / "checkpoints", policy.layout, 1), policy, step=7)
     found = settings_of(saved, [], [])
     assert found.policy.temperature == 0.8 and found.precision.dtype == precision and found.policy.init == saved
-    assert found.servers.model == str(tmp_path / "model" / "config.json") or Path(str(found.servers.model)).exists()
+    assert found.servers.model is not None and Path(found.servers.model).exists()
     assert found.sglang == {"dtype": precision, "load_format": "dummy"}
     assert settings_of(saved, ["policy.temperature=1.0"], []).policy.temperature == 1

@@ -37,6 +37,7 @@ def test_every_token_against_a_loop() -> None:
     found = Compared.of(drawn, ours, routes, layers=LAYERS)
     rows = []
     for each, own, chosen in zip(drawn, ours, routes, strict=True):
+        assert each.routing is not None
         for place in range(each.prompt, len(each.tokens)):
             told = float(each.reported[place - each.prompt])
             same = [set(chosen[place - 1][k]) == set(each.routing[place - 1][layer]) for k, layer in enumerate(LAYERS)]
@@ -47,11 +48,11 @@ def test_every_token_against_a_loop() -> None:
     sizes = [abs(row[0]) for row in rows]
     assert found.mean == pytest.approx(sum(sizes) / len(sizes)) and found.largest == max(sizes)
     assert found.kl == pytest.approx(sum(math.exp(row[0]) - 1 - row[0] for row in rows) / len(rows))
-    for k, told in enumerate(by_routing(found, LAYERS)):
+    for k, line in enumerate(by_routing(found, LAYERS)):
         others = [size for size, row in zip(sizes, rows, strict=True) if not row[3][k]]
         kept = [size for size, row in zip(sizes, rows, strict=True) if row[3][k]]
-        assert told["layer"] == LAYERS[k] and told["differs"] == len(others) / len(rows)
-        assert told["other"] == pytest.approx(np.mean(others)) and told["same"] == pytest.approx(np.mean(kept))
+        assert line["layer"] == LAYERS[k] and line["differs"] == len(others) / len(rows)
+        assert line["other"] == pytest.approx(np.mean(others)) and line["same"] == pytest.approx(np.mean(kept))
     given = Compared.of(drawn, ours, given=True)
     assert given.theirs.tolist() == [float(v) for each in drawn for v in each.given[each.prompt :]] and given.agree is None
 
