@@ -7,8 +7,8 @@ from megatron_rl.cli.convert import convert
 from megatron_rl.cli.doctor import doctor
 from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.launch import launch
-from megatron_rl.cli.plan import plan
 from megatron_rl.cli.mismatch import mismatch
+from megatron_rl.cli.plan import plan
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.report import report
 from megatron_rl.cli.rewards import rewards

@@ -15,7 +15,8 @@ from megatron_rl.fidelity.examine import Hands
 from megatron_rl.fidelity.server import Observation, draw, look
 from megatron_rl.fidelity.setup import opened_checkpoint, step_of
 from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.own_servers import own_servers, read_api_key
+from megatron_rl.rollout.keys import api_key
+from megatron_rl.rollout.own_servers import own_servers
 from megatron_rl.rollout.replies import RoutingShape
 from megatron_rl.rollout.server import start_servers, stop_servers
 from megatron_rl.weights.checkpoint_files import MANIFEST
@@ -44,7 +45,7 @@ class Draws:
 def bench(settings: Settings, draws: Draws, progress: Progress) -> Iterator[Hands]:
     """A server in our hands: that of servers.urls, or one of our own with the weights of policy.init, which ends with this."""
     architecture = read_architecture(settings.policy.config)
-    key = read_api_key(settings.servers)
+    key = api_key(settings)
     started = asyncio.run(start_servers(own_servers(settings)))
     try:
         url = settings.servers.urls[0].rstrip("/") if settings.servers.urls else started[0].url

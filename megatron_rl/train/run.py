@@ -16,8 +16,7 @@ from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.bank.files import private_folder
 from megatron_rl.rollout.keys import api_key
-from megatron_rl.rollout.own_servers import own_servers, require_ranks
-from megatron_rl.rollout.own_servers import own_servers, read_api_key, require_ranks, served_model
+from megatron_rl.rollout.own_servers import own_servers, require_ranks, served_model
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
 from megatron_rl.train.folder import REINFORCEMENT, begin, require_fresh, require_kind
