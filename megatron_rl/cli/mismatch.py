@@ -25,49 +25,59 @@ if TYPE_CHECKING:
 DIFFERENT = 1  # exit code when policy and server differ by more than is allowed
 
 
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a checkpoint of ours (step_…).", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME=VALUE]...", help="Settings of the policy, and of an own server.", show_default=False),
+]
+ServerUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="A server that runs; default: one is started.", show_default=False)
+]
+PromptText = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.", show_default=False)]
+PromptCount = Annotated[int, typer.Option(min=1, help="How many of the default prompts, where none is given.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens that the server samples for each.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="That the server samples at; default: policy.temperature.", show_default=False),
+]
+Allowed = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Largest mean |Δlogp|; a single token may be off by 100 times that. Default: 1e-4 in float32, 0.05 in "
+        "bfloat16, 0.25 in FP8.",
+        show_default=False,
+    ),
+]
+Resend = Annotated[
+    bool,
+    typer.Option("--resend", help="Find differing weights: send the checkpoint's to --server, which then has them."),
+]
+Like = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="The model the checkpoint was trained from.", show_default=False)
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Write mismatch.html and mismatch.json here.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
 def mismatch(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A Hugging Face folder or a checkpoint of ours (step_…).", show_default=False
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Settings of the policy, and of an own server.", show_default=False),
-    ] = None,
-    server: Annotated[
-        str | None, typer.Option(metavar="URL", help="A server that runs; default: one is started.", show_default=False)
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.", show_default=False)
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="How many of the default prompts, where none is given.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that the server samples for each.")] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="That the server samples at; default: policy.temperature.", show_default=False),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Largest mean |Δlogp|; a single token may be off by 100 times that. Default: 1e-4 in float32, 0.05 in "
-            "bfloat16, 0.25 in FP8.",
-            show_default=False,
-        ),
-    ] = None,
-    resend: Annotated[
-        bool,
-        typer.Option("--resend", help="Find differing weights: send the checkpoint's to --server, which then has them."),
-    ] = False,
-    like: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The model the checkpoint was trained from.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write mismatch.html and mismatch.json here.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    server: ServerUrl = None,
+    prompt: PromptText = None,
+    prompts: PromptCount = 8,
+    tokens: Tokens = 64,
+    temperature: Temperature = None,
+    tolerance: Allowed = None,
+    resend: Resend = False,
+    like: Like = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how far the policy's log-probs are from a server's on the same tokens, and name what makes the difference.
 
