@@ -37,6 +37,7 @@ HEIGHT = {
     "observe": 3,
     "train": 4,
     "doctor": 5,
+    "fidelity": 5,
     "cli": 6,
 }
 
@@ -49,7 +50,7 @@ DOORS = {
     "megatron": ("policy/", "weights/"),
     "transformer_engine": ("policy/", "weights/"),
     "sglang": ("rollout/", "weights/publish"),
-    "torch": ("objectives/", "policy/", "weights/", "rollout/", "train/", "doctor/"),
+    "torch": ("objectives/", "policy/", "weights/", "rollout/", "train/", "doctor/", "fidelity/"),
 }
 
 

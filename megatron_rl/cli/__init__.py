@@ -7,6 +7,7 @@ from megatron_rl.cli.convert import convert
 from megatron_rl.cli.doctor import doctor
 from megatron_rl.cli.evaluate import evaluate
 from megatron_rl.cli.launch import launch
+from megatron_rl.cli.mismatch import mismatch
 from megatron_rl.cli.plan import plan
 from megatron_rl.cli.publish import publish
 from megatron_rl.cli.report import report
@@ -31,6 +32,7 @@ app.command(no_args_is_help=True)(launch)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(publish)
 app.command(no_args_is_help=True)(serve)
+app.command(no_args_is_help=True)(mismatch)
 app.command(no_args_is_help=True)(toy)
 app.command(no_args_is_help=True)(sft)
 app.command("eval", no_args_is_help=True)(evaluate)

@@ -76,7 +76,7 @@ def publish(
     - `megatron-rl publish step_00000200 --like Qwen3-30B-A3B-FP8 --served Qwen3-30B-A3B-FP8 --server http://node1:30000`
     """
     with told_to_the_user():
-        _require_urls(server)
+        require_urls(server)
         settings = PublishSettings(transport=transport, folder=shared, dtype=dtype, bucket_bytes=bucket_mb * 2**20, probe=False)
         key = _read_key(api_key_file)
         from megatron_rl.rollout.client import Client
@@ -197,7 +197,7 @@ def _number(source: "Source", present: Sequence[int]) -> int:
     return max(present, default=0) + 1
 
 
-def _require_urls(servers: Sequence[str]) -> None:
+def require_urls(servers: Sequence[str]) -> None:
     for url in servers:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

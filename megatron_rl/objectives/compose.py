@@ -201,7 +201,8 @@ class ComposedObjective(Demanding):
     """The objective that is handed to a policy.
 
     `on_policy` says that there is one optimizer step a rollout: `old` is then the policy itself, detached, the ratio is
-    exactly 1 in value, and no pass for old log-probs is needed.
+    exactly 1 in value, and no pass for old log-probs is needed. `old_is_rollout` says that `old` is what the rollout engine
+    reported: the two then have no mismatch to report.
     """
 
     surrogate: Surrogate
@@ -209,6 +210,7 @@ class ComposedObjective(Demanding):
     penalties: Sequence[LossPenalty] = ()
     reward_penalties: Sequence[RewardPenalty] = ()
     on_policy: bool = False
+    old_is_rollout: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -250,7 +252,7 @@ class ComposedObjective(Demanding):
             extra, more = penalty.loss(batch)
             loss = loss + extra
             metrics.update(more)
-        return ObjectiveResult(loss, always(batch) | metrics)
+        return ObjectiveResult(loss, always(batch, old_is_rollout=self.old_is_rollout) | metrics)
 
     def _seen(self, batch: TokenBatch) -> TokenBatch:
         batch = batch.cleaned()

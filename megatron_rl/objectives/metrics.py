@@ -114,8 +114,12 @@ def from_reference(batch: TokenBatch, log_ratio: Tensor) -> dict[str, Metric]:
 
 
 @torch.no_grad()
-def always(batch: TokenBatch) -> dict[str, Metric]:
-    """What every objective reports of what it was given (a clean batch)."""
+def always(batch: TokenBatch, *, old_is_rollout: bool = False) -> dict[str, Metric]:
+    """What every objective reports of what it was given (a clean batch).
+
+    The mismatch is that of `old` and `rollout`. Where there is no `old`, or it is the rollout's own (`old_is_rollout`), the
+    policy of this update stands for it, which has then learned from the minibatches before.
+    """
     metrics: dict[str, Metric] = {}
     columns: Mapping[str, Tensor] = batch.columns
     if batch.entropy is not None:
@@ -124,8 +128,9 @@ def always(batch: TokenBatch) -> dict[str, Metric]:
         metrics["zero_advantage"] = sequence_mean(batch, batch.scalars["advantage"] == 0)
     if "old" in columns:
         metrics |= drift(batch, batch.log_probs.detach() - columns["old"])
-        if "rollout" in columns:
-            metrics |= mismatch(batch, columns["old"] - columns["rollout"])
+    if "rollout" in columns:
+        scored = columns["old"] if "old" in columns and not old_is_rollout else batch.log_probs.detach()
+        metrics |= mismatch(batch, scored - columns["rollout"])
     if "reference" in columns:
         metrics |= from_reference(batch, batch.log_probs.detach() - columns["reference"])
     return metrics

@@ -95,6 +95,9 @@ class ServerInfo:
     returns_routing: bool
     deterministic: bool  # whether it heeds sampling seeds
     prefix_cache: bool
+    dtype: str  # of weights and activations, as it was told: auto, float32, bfloat16 …
+    quantization: str | None  # as it was told; a quantised checkpoint needs no telling
+    overrides: Mapping[str, Any]  # what of its model's config.json it was told to read otherwise
     sleeps: bool  # whether it gives memory back when it is told to; on a CPU there is none to give, and it says that it did
 
 
@@ -250,6 +253,9 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
         returns_routing=member(reply, "enable_return_routed_experts", bool),
         deterministic=member(reply, "enable_deterministic_inference", bool),
         prefix_cache=not member(reply, "disable_radix_cache", bool),
+        dtype=member(reply, "dtype", str),
+        quantization=reply.get("quantization"),
+        overrides=_overrides(reply),
         sleeps=member(reply, "enable_memory_saver", bool) or member(reply, "device", str) == "cpu",
     )
 
@@ -285,6 +291,16 @@ def version_number(text: str) -> int | None:
 
 def _state(reply: Mapping[str, Any]) -> State:
     return STATES.get(member(reply, "weight_version", str), "whole")
+
+
+def _overrides(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        found = json.loads(reply.get("json_model_override_args") or "{}")
+    except (TypeError, ValueError) as error:
+        raise Untrusted(f"json_model_override_args is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Untrusted("json_model_override_args is no mapping")
+    return found
 
 
 def _finish(told: Mapping[str, Any]) -> Finish | None:

@@ -5,6 +5,7 @@ anything heavy is loaded, and named as they stand in the settings.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_rl.config.errors import SettingsError
@@ -36,6 +37,8 @@ def build(settings: ObjectiveSettings) -> tuple[Objective, Advantage | None]:
         raise SettingsError(f"objective: {error}") from error
     _refuse_correction_of_nothing(settings, objective)
     _refuse_replay_of_nothing(settings, objective)
+    if settings.old_log_probs == "rollout" and isinstance(objective, ComposedObjective):
+        objective = replace(objective, old_is_rollout=True)
     return objective, advantage
 
 

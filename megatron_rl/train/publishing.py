@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.config.architecture import Architecture
+from megatron_rl.config.settings import Settings
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.slices import model_slices
 from megatron_rl.rollout.fleet import UpdateFailed
@@ -15,6 +17,7 @@ from megatron_rl.rollout.health import Asleep, Healthy, Outdated, Suspect
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.types import Sequence as TokenSequence
 from megatron_rl.weights.boxes import Slice
+from megatron_rl.weights.fp8_audit import audit_layers, served_layers
 from megatron_rl.weights.hf_files import read_json
 from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.publish.crew import Tell
@@ -65,6 +68,21 @@ def open_publisher(policy: Policy, connect: Connect, served: Path | None = None)
         longest=settings.batch.max_sequence or settings.batch.max_tokens,
         colocated=settings.servers.colocated,
     )
+
+
+def require_same_layers(settings: Settings, architecture: Architecture, served: Path | None) -> None:
+    """Where trainer and servers both compute in FP8, they round the same layers by the same scales; else SettingsError.
+
+    `served`: the folder of the model that servers are started with. Asked before anything is loaded. One side alone in FP8 is
+    a choice, and a warning.
+    """
+    quantization = read_json(served / "config.json").get("quantization_config") if served is not None else None
+    weight_map = WeightMap(architecture)
+    layers = served_layers(weight_map, quantization, settings.sglang.get("quantization"))
+    audit = audit_layers(weight_map, settings.precision, layers)
+    audit.require()
+    if audit.one_sided and layers:
+        logger.warning("%s: expect a mismatch of log-probs, and see docs/fidelity.md", audit.one_sided)
 
 
 async def publish_to_pool(

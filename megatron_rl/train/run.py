@@ -16,13 +16,14 @@ from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.state import load_policy
 from megatron_rl.rollout.bank.files import private_folder
 from megatron_rl.rollout.keys import api_key
-from megatron_rl.rollout.own_servers import own_servers, require_ranks
+from megatron_rl.rollout.own_servers import own_servers, require_ranks, served_model
 from megatron_rl.rollout.session import Session, open_session
 from megatron_rl.train import objective
 from megatron_rl.train.folder import REINFORCEMENT, begin, require_fresh, require_kind
 from megatron_rl.train.held_out import HeldOut
 from megatron_rl.train.learner import Learner
 from megatron_rl.train.loop import Evaluations, Trainer
+from megatron_rl.train.publishing import require_same_layers
 from megatron_rl.train.run_state import SUPERVISED, RunState, newest, tidy
 from megatron_rl.train.sampling import SamplingThread
 from megatron_rl.train.steps import Replay, Rollouts, Source, require_routing
@@ -49,6 +50,8 @@ def train(settings: Settings, *, resume: bool = False, observers: Sequence[Obser
         require_kind(settings, REINFORCEMENT)
         private_folder(settings.run.directory)
         require_routing(settings)
+        if settings.bank.replay is None:
+            require_same_layers(settings, architecture, served_model(settings))
     checkpoint = newest(settings) if resume else None
     state = _state_of(checkpoint)
     samples = launch.rank == 0 and settings.bank.replay is None and not state.over(settings)
