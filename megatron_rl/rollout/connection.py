@@ -41,23 +41,27 @@ class Connection:
         self._held = False
         self._silences: set[asyncio.Timeout] = set()  # of the streams that run
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._opened: aiohttp.ClientSession | None = None
+        self._opened: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
-        if self._opened is not None:
-            await self._opened.close()
+        for session in self._opened.values():
+            await session.close()
 
-    @property
-    def _http(self) -> aiohttp.ClientSession:
-        """Opened at the first request, since it belongs to the event loop that asks."""
-        if self._opened is None:
-            self._opened = aiohttp.ClientSession(
+    def _http(self, *, reuse: bool) -> aiohttp.ClientSession:
+        """Opened at the first request, since it belongs to the event loop that asks.
+
+        Streams are many, and use connections again. All else goes over new ones: one that was cut while nobody used it is
+        noticed only by the request that is lost on it, which a stream survives and the call of a publish would not.
+        """
+        if reuse not in self._opened:
+            idle = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS) if reuse else None
+            self._opened[reuse] = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                connector=idle or aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,  # a proxy of the environment would sit between us and the next machine, and cut streams short
             )
-        return self._opened
+        return self._opened[reuse]
 
     def _timeout(self, seconds: float | None) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=seconds, sock_connect=self.patience.connect)
@@ -87,7 +91,7 @@ class Connection:
         unhurried = self._timeout(None)  # a stream is timed by what it says
         async with contextlib.AsyncExitStack() as stack:
             async with self._listening(endpoint):
-                response = await stack.enter_async_context(self._asking("POST", endpoint, body, unhurried))
+                response = await stack.enter_async_context(self._asking("POST", endpoint, body, unhurried, reuse=True))
             if response.status != HTTPStatus.OK:
                 async with self._listening(endpoint):
                     self._refuse(endpoint, response.status, await response.read())
@@ -134,12 +138,18 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def _asking(
-        self, method: str, endpoint: str, body: Mapping[str, Any] | None, timeout: aiohttp.ClientTimeout
+        self,
+        method: str,
+        endpoint: str,
+        body: Mapping[str, Any] | None,
+        timeout: aiohttp.ClientTimeout,
+        *,
+        reuse: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The beginning of a response. Left before its end is read, the connection is closed."""
-        asked = self._http.request(method, f"{self.url}{endpoint}", json=body, timeout=timeout, allow_redirects=False)
+        http, url = self._http(reuse=reuse), f"{self.url}{endpoint}"
         with self._mapping(endpoint):
-            async with asked as response:
+            async with http.request(method, url, json=body, timeout=timeout, allow_redirects=False) as response:
                 yield response
 
     @contextlib.asynccontextmanager

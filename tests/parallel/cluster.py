@@ -15,12 +15,14 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 RANKS = 4
 IMPORTED = ("megatron_rl.policy.policy", "megatron_rl.policy.state", "megatron_rl.weights.publish.publisher")
+GLANCE = 2.0  # seconds in which a death is noticed that another rank has failed of
 JOB_TIMEOUT = 300  # seconds; a job that hangs in a collective is a failed job
 
 
@@ -67,6 +69,17 @@ def _forget_groups() -> None:
     dist.destroy_process_group()
 
 
+def _dead_among(waiting: Mapping[Any, int]) -> str:
+    """Who has died, of those that have not answered: a rank fails at once when one that it waits for is gone."""
+    for pipe in wait(list(waiting), timeout=GLANCE):
+        assert isinstance(pipe, Connection)
+        try:
+            pipe.recv()
+        except EOFError:
+            return f"rank {waiting[pipe]} died, and "
+    return ""
+
+
 class Cluster:
     """The processes. `run` gives a job to the first `world_size` of them and returns what each rank returned."""
 
@@ -104,7 +117,7 @@ class Cluster:
                 except EOFError as error:
                     raise RuntimeError(f"rank {rank} died") from error
                 if not succeeded:
-                    raise RuntimeError(f"rank {rank} failed:\n{value}")
+                    raise RuntimeError(f"{_dead_among(waiting)}rank {rank} failed:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(world_size)]
 

@@ -120,3 +120,22 @@ def test_requests_share_a_connection_when_a_stream_was_read_to_its_end() -> None
             await connection.close()
 
     asyncio.run(ask())
+
+
+def test_a_call_is_not_lost_on_a_connection_that_was_cut_meanwhile() -> None:
+    """The server ends each connection behind its answer, without a word."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+        asyncio.get_running_loop().call_soon(writer.transport.abort)
+
+    async def ask() -> None:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            connection = Connection(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, Patience())
+            for _ in range(20):
+                assert await connection.ask("/get_model_info") == {}
+            await connection.close()
+
+    asyncio.run(ask())
