@@ -31,7 +31,7 @@ if (($#)); then
 fi
 
 # Tests that mostly wait, for servers and for runs as users start them, go on beside those that compute. Each lane takes a thread.
-live=(tests/rollout tests/faults tests/train tests/weights/publish tests/slurm tests/doctor)
+live=(tests/rollout tests/faults tests/train tests/weights/publish tests/slurm tests/fidelity tests/doctor/test_doctor.py)
 both_lanes() {
     local log=.tools/live-tests.log result=0 other=0 pid
     mkdir -p .tools
