@@ -63,6 +63,7 @@ main() {
 
 read_options() {
     while (($#)); do
+        [[ "$1" == --colocated || "$1" == --help || "$1" == -h || "$1" == -- ]] || (($# > 1)) || fail "$1 has no value" "See --help."
         case "$1" in
             --nodes) nodes="$2" ;;
             --ranks-per-node) ranks_per_node="$2" ;;
@@ -111,6 +112,7 @@ make_key() {
     local own="$1.$SLURM_JOB_ID"
     key="$1"
     [[ ! -s "$key" ]] || return 0
+    (umask 077 && mkdir -p "$(dirname "$own")") || fail "$own cannot be written" "Set servers.urls_file to a file that all nodes see."
     (umask 077 && head -c 32 /dev/urandom | od -A n -v -t x1 | tr -d ' \n' >"$own")
     ln "$own" "$key" 2>/dev/null || true
     rm "$own"

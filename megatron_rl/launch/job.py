@@ -101,8 +101,8 @@ def sweep_of(text: str, words: Sequence[str], settings: Settings) -> tuple[tuple
         asked, other = _asked_of_a_cluster(settings), _asked_of_a_cluster(changed)
         if wrong := [name for name in asked if asked[name] != other[name]]:
             raise SettingsError(
-                f"line {number} of the sweep changes {', '.join(wrong)}: a job array has the same machines for all runs. Say it "
-                "on the command line, for all of them, or launch this run by itself."
+                f"line {number} of the sweep changes {', '.join(wrong)}: a job array has the same machines for all runs. Say "
+                "it on the command line, for all of them, or launch this run by itself."
             )
         directory = changed.run.directory.absolute()
         if directory in folders:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from megatron_rl.cli import app
 from megatron_rl.config.load import load_settings
-from megatron_rl.config.rules.launching import OWN, Part, Way, launch_problems, machines, signal_seconds
+from megatron_rl.config.rules.launching import OWN, Part, Way, _seconds, launch_problems, machines, signal_seconds
 from tests.launch.jobs import CLUSTER, recipe
 
 
@@ -132,6 +132,7 @@ WRONG: list[tuple[str, Way, Part, str]] = [
     (f"{ALONE} {APART}", "slurm", "servers", "there is no machine for servers"),
     ("servers.api_key_file=key", "slurm", "train", "servers.urls_file is not set"),
     ("", "torchrun", "all", "servers.urls_file is not set"),
+    ("launch.time=5:00", "slurm", "all", "told to stop as soon as it begins"),
     ("launch.signal_seconds=100", "slurm", "all", "Set launch.signal_seconds to 360"),
     ("launch.mounts=[/a:/b]", "slurm", "all", "launch.mounts without launch.container"),
     ("launch.container=c launch.mounts=[a]", "slurm", "all", "launch.mounts[0] = a: this is no mount"),
@@ -188,6 +189,17 @@ def test_machines_follow_from_the_settings(tmp_path: Path, overrides: str, expec
     settings = load_settings(recipe(tmp_path), overrides.split())
     assert machines(settings) == expected
     assert signal_seconds(settings) >= settings.checkpoint.grace_seconds
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400), ("5:30", 330), ("24:00:00", 86400), ("7-00", 604800), ("1-2:03", 93780), ("1-2:03:04", 93784),
+        ("UNLIMITED", None), ("infinite", None),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int | None) -> None:
+    assert _seconds(time) == seconds
 
 
 def test_auto_resume_continues_where_a_run_is(tmp_path: Path) -> None:

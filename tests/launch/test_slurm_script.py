@@ -92,7 +92,7 @@ def test_gpus_are_asked_for_where_there_are_any(tmp_path: Path, overrides: list[
 
 
 def test_servers_of_a_job_are_its_own(tmp_path: Path) -> None:
-    """Two jobs of one folder would else find each other's in a shared file, and one that lost a node those that died with it."""
+    """Two jobs of one folder would else find each other's in a shared file, and one that lost a node its dead ones."""
     job = job_of(tmp_path, "servers.urls_file=urls", "servers.api_key_file=key", checkout=tmp_path / "checkout")
     words = called(tmp_path, job)
     assert "--urls" not in words and words[words.index("--api-key-file") + 1] == f"{tmp_path}/key"

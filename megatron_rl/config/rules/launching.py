@@ -173,6 +173,25 @@ def _there_is_time_to_save(settings: Settings) -> Iterator[str]:
             f"Set launch.signal_seconds to {math.ceil(grace) + 60}, or make checkpoint.grace_seconds smaller",
         )
 
+    limit = None if settings.launch.time is None else _seconds(settings.launch.time)
+    if limit is not None and limit <= signal_seconds(settings):
+        yield problem(
+            f"launch.time = {settings.launch.time}, {limit:,} s, with {signal_seconds(settings)} s before its end for saving",
+            "the job would be told to stop as soon as it begins",
+            "Make launch.time longer, or launch.signal_seconds (checkpoint.grace_seconds) smaller",
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """Of a time limit as SLURM reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it has no end, or is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        return None
+    days, *others = (None if part is None else int(part) for part in found.groups())
+    parts = [part for part in others if part is not None]
+    units = (3600, 60, 1) if days is not None or len(parts) == 3 else (60, 1)
+    return (days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
 
 def _containers_are_whole(settings: Settings, way: Way) -> Iterator[str]:
     launch = settings.launch
