@@ -87,6 +87,8 @@ def plan(
             return
         require_valid(settings, job.architecture, job.world_size)
         made = Plan(job)
+        if made.samples and made.servers < 1:
+            raise SettingsError("\n".join(f"{problem}." for problem in made.server_problems))
         if json:
             typer.echo(as_json(made))
         else:

@@ -172,7 +172,6 @@ def _there_is_time_to_save(settings: Settings) -> Iterator[str]:
             "the job would be ended while it may still be saving",
             f"Set launch.signal_seconds to {math.ceil(grace) + 60}, or make checkpoint.grace_seconds smaller",
         )
-
     limit = None if settings.launch.time is None else _seconds(settings.launch.time)
     if limit is not None and limit <= signal_seconds(settings):
         yield problem(
