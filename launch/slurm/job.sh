@@ -49,6 +49,7 @@ main() {
     read_options "$@"
     find_nodes
     prepare_folder
+    unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK # a rank's; some versions of srun would give the one task of servers no more
     trap on_told TERM INT USR1 USR2
     local ranks="${hosts[*]:0:nodes}"
     say "start ${SLURM_RESTART_COUNT:-0}: ranks on ${ranks:-no node of this job}; servers on ${server_hosts[*]:-no node of this job}"
