@@ -22,12 +22,14 @@
 # into the queue; started again it goes on with `--auto-resume`. `scancel JOB` ends it for good. SLURM itself puts a job back that
 # has lost a node.
 #
-# Exit codes are those of `megatron-rl train`: 0 all steps are done, 2 something to mend, 143 told to stop and saved.
+# Exit codes are those of `megatron-rl train`: 0 all steps are done, 2 something to mend, 143 told to stop and saved; 137 where ranks
+# had to be killed, since another one had failed.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 STOPPED=143      # of a run that was told to stop, and has saved
 PATIENCE=60      # seconds for servers to end
+ENDING=120       # seconds that the tasks of a step have to end by themselves once one of them has; then they are killed
 LAUNCH=5         # seconds in which SLURM starts the tasks of a step
 LAST_LINES=20    # of a log, shown when its part has failed
 
@@ -163,6 +165,8 @@ as_servers() {
 }
 
 # step NAME HOSTS-WITH-COMMAS OPTIONS... -- FUNCTION ARGUMENTS...: an srun in the background, its tasks in their container.
+# Not with --kill-on-bad-exit: it sends SIGTERM to the others, whose 143 would hide the code of the one that has failed, and look as
+# if all had been told to stop and had saved.
 step() {
     local name="$1" list="$2" options=() inside=() each
     shift 2
@@ -181,7 +185,7 @@ step() {
     local own=()
     while [[ "$1" != --program ]]; do own+=("$1"); shift; done
     shift
-    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=1 --quiet --cpu-bind=none --open-mode=append --input=none \
+    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=0 --wait="$ENDING" --quiet --cpu-bind=none --open-mode=append --input=none \
         "${options[@]}" bash -c "$(declare -f "$function"); $function \"\$@\"" "$name" "${own[@]}" "${inside[@]}" "$@" &
     begun=$SECONDS
 }

@@ -185,6 +185,17 @@ def fails(stage: Stage, name: str = "broken") -> str:
     return f"{state}, no restart"
 
 
+def loses_a_rank(stage: Stage, name: str = "short of one") -> str:
+    """One that dies while others wait for it ends the job, which is not taken for one that was told to stop and has saved."""
+    job = stage.launch(name)
+    stage.cluster.until("rank 1", lambda: stage.cluster.kill_rank(1))
+    state = stage.cluster.ended(job, 240)
+    assert state.startswith("FAILED") and not state.startswith(("FAILED 0:", "FAILED 143:")), f"{state}\n{stage.log(name, job)}"
+    assert stage.cluster.of_job(job, "Restarts") == "0"
+    stage.require(name, job, "task 1: Killed", "ranks ended with", "failed with")
+    return f"{state}, no restart"
+
+
 def sweeps(stage: Stage, name: str = "sweep", source: str = "preempted") -> str:
     """A job array, one run a line, of words that a shell would make something of."""
     hostile = "$(touch hostile); `touch hostile`"
@@ -207,6 +218,7 @@ SCENARIOS: dict[str, Callable[[Stage], str]] = {
     "servers apart": attaches,
     "colocated": colocated,
     "a part fails": fails,
+    "a rank dies": loses_a_rank,
     "sweep": sweeps,
 }
 
