@@ -22,12 +22,14 @@
 # into the queue; started again it goes on with `--auto-resume`. `scancel JOB` ends it for good. SLURM itself puts a job back that
 # has lost a node.
 #
-# Exit codes are those of `megatron-rl train`: 0 all steps are done, 2 something to mend, 143 told to stop and saved.
+# Exit codes are those of `megatron-rl train`: 0 all steps are done, 2 something to mend, 143 told to stop and saved; 137 where ranks
+# had to be killed, since another one had failed.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 STOPPED=143      # of a run that was told to stop, and has saved
 PATIENCE=60      # seconds for servers to end
+ENDING=120       # seconds that the tasks of a step have to end by themselves once one of them has; then they are killed
 LAUNCH=5         # seconds in which SLURM starts the tasks of a step
 LAST_LINES=20    # of a log, shown when its part has failed
 
@@ -49,6 +51,7 @@ main() {
     read_options "$@"
     find_nodes
     prepare_folder
+    unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK # a rank's; some versions of srun would give the one task of servers no more
     trap on_told TERM INT USR1 USR2
     local ranks="${hosts[*]:0:nodes}"
     say "start ${SLURM_RESTART_COUNT:-0}: ranks on ${ranks:-no node of this job}; servers on ${server_hosts[*]:-no node of this job}"
@@ -63,6 +66,7 @@ main() {
 
 read_options() {
     while (($#)); do
+        [[ "$1" == --colocated || "$1" == --help || "$1" == -h || "$1" == -- ]] || (($# > 1)) || fail "$1 has no value" "See --help."
         case "$1" in
             --nodes) nodes="$2" ;;
             --ranks-per-node) ranks_per_node="$2" ;;
@@ -111,6 +115,7 @@ make_key() {
     local own="$1.$SLURM_JOB_ID"
     key="$1"
     [[ ! -s "$key" ]] || return 0
+    (umask 077 && mkdir -p "$(dirname "$own")") || fail "$own cannot be written" "Set servers.urls_file to a file that all nodes see."
     (umask 077 && head -c 32 /dev/urandom | od -A n -v -t x1 | tr -d ' \n' >"$own")
     ln "$own" "$key" 2>/dev/null || true
     rm "$own"
@@ -160,6 +165,8 @@ as_servers() {
 }
 
 # step NAME HOSTS-WITH-COMMAS OPTIONS... -- FUNCTION ARGUMENTS...: an srun in the background, its tasks in their container.
+# Not with --kill-on-bad-exit: it sends SIGTERM to the others, whose 143 would hide the code of the one that has failed, and look as
+# if all had been told to stop and had saved.
 step() {
     local name="$1" list="$2" options=() inside=() each
     shift 2
@@ -178,7 +185,7 @@ step() {
     local own=()
     while [[ "$1" != --program ]]; do own+=("$1"); shift; done
     shift
-    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=1 --quiet --cpu-bind=none --open-mode=append --input=none \
+    srun --job-name="$name" --nodelist="$list" --kill-on-bad-exit=0 --wait="$ENDING" --quiet --cpu-bind=none --open-mode=append --input=none \
         "${options[@]}" bash -c "$(declare -f "$function"); $function \"\$@\"" "$name" "${own[@]}" "${inside[@]}" "$@" &
     begun=$SECONDS
 }

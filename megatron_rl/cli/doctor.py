@@ -53,8 +53,8 @@ def doctor(
     `clock`, `sandbox`, `servers`, `step`, `ranks`. A check that fails is itself a finding, and the others go on; torch is
     loaded in other processes, so that a broken one can be told of.
 
-    **Clusters**: launched with torchrun or SLURM, each machine looks at itself, all ranks measure the collectives of the
-    layout and compare clocks and the shared folder, and the main rank tells what all have found:
+    **Clusters**: launched with torchrun, also inside of a SLURM job, each machine looks at itself, all ranks measure the
+    collectives of the layout and compare clocks and the shared folder, and the main rank tells what all have found:
 
     - `torchrun --nproc-per-node 8 -m megatron_rl.cli doctor recipe.yaml`
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from megatron_rl.launch.job import Job, sweep_of
 from megatron_rl.launch.kubernetes import manifest
 from megatron_rl.launch.slurm import SCRIPT, batch_script
 from megatron_rl.launch.torchrun import machine_script
+from megatron_rl.rollout.bank.files import private_folder
 
 HERE = Path(__file__).parents[2]  # the checkout that this program runs from
 WRITERS = {"slurm": batch_script, "torchrun": machine_script, "kubernetes": manifest}
@@ -71,6 +73,7 @@ def launch(
         settings = load_settings(config, words[1:])
         _require_launchable(settings, way, part)
         runs = () if sweep is None else sweep_of(_text(sweep), words, settings)
+        _require_servers_of_their_own(settings, part, runs)
         for own in runs:
             _require_launchable(load_settings(config, [*words[1:], *own]), way, part)
         if way == "torchrun" and part == "all" and settings.cluster.server_nodes:
@@ -81,7 +84,7 @@ def launch(
         if submit:
             _submit(job, script, output)
         elif output is not None:
-            output.write_text(script)
+            _write(output, script)
             make_console().print(f"{output}: not submitted")
         else:
             typer.echo(script, nl=False)
@@ -120,6 +123,26 @@ def _require_launchable(settings: Settings, way: Way, part: Part) -> None:
     tell_warnings(warnings(settings, architecture, world_size))
 
 
+def _require_servers_of_their_own(settings: Settings, part: Part, runs: Sequence[object]) -> None:
+    """Runs at the same time that publish to the same servers would sample from each other's weights."""
+    if runs and part == "servers":
+        raise SettingsError("--sweep with --part servers: these are servers, and no runs. Remove --sweep.")
+    servers = settings.servers
+    elsewhere = (part == "train" or not settings.cluster.server_nodes) and not servers.starts_any and not servers.colocated
+    if len(runs) > 1 and elsewhere and settings.bank.replay is None and settings.launch.at_once != 1:
+        raise SettingsError(
+            "the runs of a sweep would bring their weights to the same servers, each over the others'. Give each its own "
+            "(cluster.server_nodes, without --part), or let one run at a time (launch.at_once=1)."
+        )
+
+
+def _write(path: Path, script: str) -> None:
+    try:
+        path.write_text(script)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}. Name a file in a folder that is there.") from error
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -133,9 +156,12 @@ def _submit(job: Job, script: str, output: Path | None) -> None:
     """What is submitted stays beside the logs."""
     _require_on_this_machine(job)
     for folder in (job.run_directory, job.logs):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            private_folder(folder)
+        except OSError as error:
+            raise SettingsError(f"{folder} cannot be made: {error.strerror}. Set run.directory, or launch.logs.") from error
     file = output or job.logs / f"{job.name}-{job.part}.sbatch"
-    file.write_text(script)
+    _write(file, script)
     answer = subprocess.run(["sbatch", "--parsable", str(file.absolute())], capture_output=True, text=True)
     if answer.returncode != 0:
         raise SettingsError(

@@ -21,25 +21,22 @@ from megatron_rl.plan.suggest import suggestions, with_ranks
 
 DOES_NOT_FIT = 1  # exit code
 
-
-type Gpus = Annotated[
+Gpus = Annotated[
     int | None,
     typer.Option("--gpus", min=1, help="GPUs of the policy; default: layout.world_size, or cluster's.", show_default=False),
 ]
-type Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="Kind of GPU, such as h100; default: cluster.gpu.", show_default=False)
-]
-type MachineFile = Annotated[
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Kind of GPU, such as h100; default: cluster.gpu.", show_default=False)]
+MachineFile = Annotated[
     Path | None,
     typer.Option("--machine", metavar="FILE", help="A machine file of your own in place of --gpu.", show_default=False),
 ]
-type PromptTokens = Annotated[
+PromptTokens = Annotated[
     int | None,
     typer.Option(
         "--prompt-tokens", min=1, help="Mean tokens of a prompt; default: data.max_prompt_tokens, or 512.", show_default=False
     ),
 ]
-type ResponseTokens = Annotated[
+ResponseTokens = Annotated[
     int | None,
     typer.Option(
         "--response-tokens", min=1, help="Mean tokens of a response; default: half of what is allowed.", show_default=False
@@ -90,6 +87,8 @@ def plan(
             return
         require_valid(settings, job.architecture, job.world_size)
         made = Plan(job)
+        if made.samples and made.servers < 1:
+            raise SettingsError("\n".join(f"{problem}." for problem in made.server_problems))
         if json:
             typer.echo(as_json(made))
         else:

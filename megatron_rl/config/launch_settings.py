@@ -16,7 +16,11 @@ class LaunchSettings(Section):
     account: str | None = Field(None, description="SLURM: the account that pays.")
     qos: str | None = Field(None, description="SLURM: quality of service.")
     time: str | None = Field(None, description="SLURM: the time limit, such as 24:00:00 or 7-00; default: the partition's.")
-    gres: str | None = Field(None, description="SLURM: what each node must have, such as gpu:8; default: nothing is asked.")
+    gres: str | None = Field(
+        None,
+        description="SLURM: what each node must have, such as gpu:h100:8; default: gpu:N of cluster.gpus_per_node where "
+        "cluster.gpu is set; none: nothing is asked.",
+    )
     exclusive: bool = Field(True, description="SLURM: whole nodes, with all their cores and memory.")
     cpus_per_rank: PositiveInt | None = Field(None, description="SLURM: cores of a rank; default: all that the job has there.")
     sbatch: tuple[str, ...] = Field((), description="SLURM: further options, each as one word: --constraint=h100.")

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.config.settings import Settings
 from megatron_rl.doctor.finding import Finding, error, warning, well
 from megatron_rl.doctor.visit import Visit
 from megatron_rl.rollout.client import Client, Sampling
@@ -31,16 +32,29 @@ def check_servers(visit: Visit) -> Iterator[Finding]:
         key = given_key(settings)
         urls += [url for url in settings.servers.urls if url not in urls]
         if settings.servers.urls_file is not None:
-            named = _named(settings.servers.urls_file)
+            try:
+                named = _named(settings.servers.urls_file)
+            except (OSError, ValueError) as fault:  # also what is no text
+                named = []
+                yield error(f"the file of URLs cannot be read: {fault}", str(settings.servers.urls_file), START)
+            else:
+                if not named:
+                    yield _nobody(settings)
             urls += [url for url in named if url not in urls]
-            if not named:
-                yield error("the file of URLs names no server", str(settings.servers.urls_file), START)
         own = own_servers(settings, key or NOT_MADE)  # making one is the run's
         if own:
             yield well(f"the run starts {len(own)} servers of {own[0].model} itself", visit.named)
     elif not urls:
         yield well("no server is named", "")
     yield from asyncio.run(_ask_all(visit, urls, key))
+
+
+def _nobody(settings: Settings) -> Finding:
+    """The file of URLs is empty, or not there yet."""
+    place, nodes = str(settings.servers.urls_file), settings.cluster.server_nodes
+    if nodes:
+        return well(f"no server yet: they are started with the run, on {nodes} machines (cluster.server_nodes)", place)
+    return error("the file of URLs names no server", place, START)
 
 
 async def _ask_all(visit: Visit, urls: Sequence[str], key: str | None) -> list[Finding]:

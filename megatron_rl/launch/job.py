@@ -97,7 +97,14 @@ def sweep_of(text: str, words: Sequence[str], settings: Settings) -> tuple[tuple
             continue
         if not any(word.startswith("run.directory=") for word in own):
             own = (*own, f"run.directory={settings.run.directory / f'{len(runs):03}'}")
-        directory = load_settings(words[0], [*words[1:], *own]).run.directory.absolute()
+        changed = load_settings(words[0], [*words[1:], *own])
+        asked, other = _asked_of_a_cluster(settings), _asked_of_a_cluster(changed)
+        if wrong := [name for name in asked if asked[name] != other[name]]:
+            raise SettingsError(
+                f"line {number} of the sweep changes {', '.join(wrong)}: a job array has the same machines for all runs. Say "
+                "it on the command line, for all of them, or launch this run by itself."
+            )
+        directory = changed.run.directory.absolute()
         if directory in folders:
             raise SettingsError(
                 f"line {number} of the sweep has the run.directory of line {folders[directory]}: {directory}. Two runs cannot "
@@ -108,6 +115,19 @@ def sweep_of(text: str, words: Sequence[str], settings: Settings) -> tuple[tuple
     if not runs:
         raise SettingsError("the sweep has no line. Write the overrides of one run a line: optimizer.lr=1e-6 run.seed=1")
     return tuple(runs)
+
+
+def _asked_of_a_cluster(settings: Settings) -> dict[str, object]:
+    """Whatever the one script of several runs says for all of them."""
+    servers = settings.servers
+    return {
+        **{f"cluster.{name}": value for name, value in settings.cluster},
+        **{f"launch.{name}": value for name, value in settings.launch},
+        **{f"servers.{name}": getattr(servers, name) for name in ("placement", "urls_file", "api_key_file")},
+        "layout.world_size": settings.layout.world_size,
+        "the servers of a machine": servers_of_a_machine(settings),
+        "checkpoint.grace_seconds": settings.checkpoint.grace_seconds,
+    }
 
 
 def _words_of(line: str, number: int) -> tuple[str, ...]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 
+from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.rules.launching import signal_seconds
 from megatron_rl.launch.job import Job
 
 KEY_FOLDER = "/etc/megatron-rl"
 RENDEZVOUS_PORT, SERVER_PORT = 29500, 30000
+NAME_LENGTH = 63  # of a host's name
 # A pod that ended with 2 has something to be mended, which would be the same again: its job fails by podFailurePolicy.
 MEND = {"name": "mend", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label by which a pod knows how often the whole was started again
@@ -20,6 +22,12 @@ ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label by which a pod knows
 
 def manifest(job: Job) -> str:
     """YAML for `kubectl create -f`. The JobSet controller has to be installed in the cluster."""
+    longest = f"{job.name}-servers-0-{max(job.nodes, job.server_nodes)}"  # as pods are called
+    if not job.name[0].isalpha() or len(longest) > NAME_LENGTH:
+        raise SettingsError(
+            f"launch.name: {job.name} is no name for Kubernetes. Set launch.name to a word that begins with a letter and has "
+            f"{NAME_LENGTH - len(longest) + len(job.name)} letters at most."
+        )
     parts = []
     if job.nodes:
         parts.append(_part(job, "train", job.nodes, _ranks(job)))
@@ -68,7 +76,8 @@ def _part(job: Job, name: str, pods: int, words: list[str]) -> dict[str, Any]:
     ]
     if job.server_nodes:
         container["volumeMounts"].append({"name": "key", "mountPath": KEY_FOLDER, "readOnly": True})
-        volumes.append({"name": "key", "secret": {"secretName": settings.launch.key_secret, "defaultMode": 0o400}})
+        # Files of a secret are root's, and the image runs as somebody else; but for that there is nobody in the pod.
+        volumes.append({"name": "key", "secret": {"secretName": settings.launch.key_secret, "defaultMode": 0o444}})
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": signal_seconds(settings),

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rl.config.rules.launching import signal_seconds
+from megatron_rl.config.rules.launching import gres, signal_seconds
 from megatron_rl.launch.job import Job, commented
 
 SCRIPT = "launch/slurm/job.sh"
@@ -33,9 +33,11 @@ def _options(job: Job) -> Iterator[str]:
     yield f"--job-name={job.name}{'-servers' if job.part == 'servers' else ''}"
     yield f"--nodes={job.nodes + job.server_nodes}"
     yield f"--ntasks-per-node={job.ranks_per_node if job.nodes else 1}"
-    for name in ("partition", "account", "qos", "time", "gres"):
+    for name in ("partition", "account", "qos", "time"):
         if (value := getattr(launch, name)) is not None:
             yield f"--{name}={value}"
+    if (devices := gres(job.settings)) is not None:
+        yield f"--gres={devices}"
     if launch.cpus_per_rank is not None:
         yield f"--cpus-per-task={launch.cpus_per_rank}"
     if launch.exclusive:
@@ -64,13 +66,15 @@ def _call(job: Job) -> str:
     """One line an argument, so that people can read it."""
     settings, launch = job.settings, job.settings.launch
     served = settings.cluster.server_nodes > 0 or job.colocated  # by servers that are launched, in this job or beside it
+    # Servers of this job are its own: in a file that another run knows too, both would sample from both's.
+    shared = settings.servers.urls_file if job.part != "all" else None
     given: list[tuple[str, object | None]] = [
         ("--nodes", job.nodes),
         ("--ranks-per-node", job.ranks_per_node),
         ("--cpus-per-rank", launch.cpus_per_rank),
         ("--server-nodes", job.server_nodes),
         ("--servers-per-node", job.servers_per_node if job.server_nodes or job.colocated else None),
-        ("--urls", _beside(job, settings.servers.urls_file) if served else None),
+        ("--urls", _beside(job, shared) if served else None),
         ("--api-key-file", _beside(job, settings.servers.api_key_file) if served else None),
         ("--logs", job.logs),
         ("--python", job.python),

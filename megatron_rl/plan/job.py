@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.counting import Parameters, stage_parameters
+from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.layout_map import data_size, expert_data_size
 from megatron_rl.config.settings import LayoutSettings, Settings
 from megatron_rl.plan.machine import Machine
@@ -137,7 +138,13 @@ def workload_of(settings: Settings, prompt: int | None, response: int | None) ->
     if sampling.strategy in ("episodes", "turn_groups"):  # several turns in one sequence
         longest *= sampling.max_turns
     most = sampling.max_tokens or settings.batch.max_sequence or settings.batch.max_tokens
+    if prompt is not None and prompt >= most:
+        raise SettingsError(f"--prompt-tokens {prompt}: a prompt and its response have {most:,} tokens at most. Give fewer.")
     prompt = prompt or min(settings.data.max_prompt_tokens or DEFAULT_PROMPT, max(1, most // 2))
     longest = max(1, min(longest, most - prompt))
-    response = min(response or math.ceil(longest / 2), longest)
-    return Workload(sampling.groups, sampling.group_size, prompt, response, longest)
+    if response is not None and response > longest:
+        raise SettingsError(
+            f"--response-tokens {response}: responses have {longest:,} tokens at most, with prompts of {prompt:,}. Give fewer, "
+            "or raise sampling.max_new_tokens and batch.max_sequence."
+        )
+    return Workload(sampling.groups, sampling.group_size, prompt, response or math.ceil(longest / 2), longest)

@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from megatron_rl import __version__
@@ -101,6 +104,17 @@ def test_every_command_with_settings_takes_several_files(command: str, recipe: P
     assert result.exit_code == 2, result.output
     assert f"error: {tmp_path}/second.yaml:1: unknown setting layout.tensr" in result.stderr
     assert "FILE.yaml|NAME=VALUE" in run(*command.split(), "--help").output
+
+
+def test_every_option_and_argument_has_its_help() -> None:
+    def words(command: Any, path: str) -> Iterator[tuple[str, str | None]]:
+        for name, below in getattr(command, "commands", {}).items():
+            yield from words(below, f"{path} {name}")
+        yield from ((f"{path} {each.opts[0]}", each.help) for each in command.params)
+
+    found = dict(words(typer.main.get_command(app), "megatron-rl"))
+    assert "megatron-rl plan --gpus" in found
+    assert [word for word, text in found.items() if not text] == []
 
 
 def test_a_recipe_and_a_layout_may_be_two_files(recipe: Path, tmp_path: Path) -> None:

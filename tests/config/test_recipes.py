@@ -12,6 +12,7 @@ from megatron_rl.config.checks import check, warnings
 from megatron_rl.config.counting import active_parameters, model_parameters
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.load import load_settings
+from megatron_rl.config.rules.launching import launch_problems
 from megatron_rl.config.settings import Settings
 from megatron_rl.config.show import render_layout
 from megatron_rl.plan.job import Job, workload_of
@@ -129,6 +130,18 @@ def test_every_recipe_runs_on_a_pair(pair: str) -> None:
         assert settings.cluster.gpu is not None
         plan = Plan(Job(settings, shape, ranks, find_machine(settings.cluster.gpu), workload_of(settings, None, None)))
         assert (recipe, plan.problems) == (recipe, [])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_can_be_launched(pair: str) -> None:
+    """As it is, but for servers that need two machines: their pair says that they are started by other means."""
+    settings = load(pair, "gspo")
+    several = "two machines" in (CONFIGS / f"pairs/{pair}.yaml").read_text()
+    problems = list(launch_problems(settings, "slurm", "all"))
+    assert [("a server lives on one machine" in problem) for problem in problems] == [True] * several
+    if several:
+        cluster = settings.cluster.model_copy(update={"server_nodes": 0})
+        assert list(launch_problems(settings.model_copy(update={"cluster": cluster}), "slurm", "all")) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -205,3 +205,20 @@ def test_settings_that_do_not_fit_and_servers_that_are_dead(settings: list[str])
     finds(told, "settings", "error", "layout.tensor")
     finds(told, "servers", "error", f"127.0.0.1:{port}", "megatron-rl serve")
     assert told.of("servers", "error")[0]["where"] == f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "level", "what"),
+    [
+        (None, 0, "error", "the file of URLs names no server"),
+        ("# none\n", 2, "ok", "no server yet: they are started with the run, on 2 machines"),
+        ("node7:30000\n", 2, "error", "the file of URLs cannot be read: 'node7:30000' is no URL of a server"),
+    ],
+)
+def test_a_file_of_urls_that_names_nobody(
+    settings: list[str], tmp_path: Path, text: str | None, nodes: int, level: str, what: str
+) -> None:
+    if text is not None:
+        (tmp_path / "urls").write_text(text)
+    told = here("+servers", *settings, f"servers.urls_file={tmp_path}/urls", f"cluster.server_nodes={nodes}")
+    assert told.says("servers", level, what) and told.code == int(level == "error"), told.verdict["findings"]

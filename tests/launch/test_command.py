@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from megatron_rl.cli import app
 from megatron_rl.config.load import load_settings
-from megatron_rl.config.rules.launching import OWN, Part, Way, launch_problems, machines, signal_seconds
+from megatron_rl.config.rules.launching import OWN, Part, Way, _seconds, launch_problems, machines, signal_seconds
 from tests.launch.jobs import CLUSTER, recipe
 
 
@@ -61,12 +61,18 @@ def test_several_settings_files_are_passed_on_as_given(tmp_path: Path) -> None:
         (["--slurm", "layout.expert=3"], "layout.expert = 3"),  # what a dry run finds
         (["--slurm", "rewards=[{name: numerik}]"], "rewards[0].name = numerik"),
         (["--slurm", "layout.world_size=6"], "these machines take 8 ranks"),
+        (["--slurm", "-o", "nowhere/script"], "nowhere/script cannot be written: No such file"),
+        (["--slurm", "servers.urls_file=urls", "--part", "train", "--sweep", "two"], "to the same servers"),
+        (["--slurm", "cluster.server_nodes=0", "servers.urls=[http://n:1]", "--sweep", "two"], "to the same servers"),
+        (["--slurm", "servers.urls_file=urls", "--part", "servers", "--sweep", "two"], "these are servers, and no runs"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(
     tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two").write_text("run.seed=1\nrun.seed=2\n")
     result = launched(tmp_path, *words)
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert result.stdout == "" and all(line.startswith("error: ") for line in result.stderr.splitlines())
@@ -87,13 +93,35 @@ def test_what_nodes_would_miss_is_missed_before_it_is_submitted(tmp_path: Path, 
     assert not (tmp_path / "called").exists()
 
 
+SECRET_NAMES = ("HF_TOKEN", "WANDB_API_KEY", "wandb_apikey", "DB_PASSWORD", "HF_AUTH", "AWS_SECRET_ACCESS_KEY", "KEYS")
+
+
+def test_a_sweep_may_share_servers_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two").write_text("run.seed=1\nrun.seed=2\n")
+    words = ["--slurm", "servers.urls_file=urls", "--part", "train", "--sweep", "two"]
+    assert launched(tmp_path, *words, "launch.at_once=1").exit_code == 0
+    assert launched(tmp_path, "--slurm", "servers.urls_file=urls", "--sweep", "two").exit_code == 0  # each job its own
+
+
+@pytest.mark.parametrize("name", ['a"b', "50%", "a\nb", "a\\b"])
+def test_slurm_is_not_launched_from_folders_that_it_misreads(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    result = launched(tmp_path, "--slurm")
+    assert result.exit_code == 2 and result.stdout == "" and "the folder in which you launch = " in result.stderr
+    assert launched(tmp_path, "--torchrun", "cluster.server_nodes=0").exit_code == 0
+
+
 ALONE = "cluster.server_nodes=0"
 COLOCATED = f"{ALONE} servers.placement=colocated publish.folder=shared"
 APART = "servers.urls_file=urls servers.api_key_file=key"
 WRONG: list[tuple[str, Way, Part, str]] = [
     ("cluster.nodes=null", "slurm", "all", "cluster.nodes is not set, nor is layout.world_size"),
     ("cluster.nodes=null layout.world_size=6", "slurm", "all", "Set layout.world_size to 4 or 8"),
-    ("servers.count=0", "slurm", "all", "no server would be started on these machines"),
+    (f"{COLOCATED} servers.count=0", "slurm", "all", "no server would be started on the GPUs of the ranks"),
     ("sglang.tp_size=8", "slurm", "all", "a server lives on one machine"),
     ("sglang.tp_size=2 servers.count=3", "slurm", "all", "Set servers.count to at most 2"),
     (f"{ALONE} launch.gres=gpu:4", "slurm", "all", "on GPUs that the ranks use"),
@@ -104,6 +132,7 @@ WRONG: list[tuple[str, Way, Part, str]] = [
     (f"{ALONE} {APART}", "slurm", "servers", "there is no machine for servers"),
     ("servers.api_key_file=key", "slurm", "train", "servers.urls_file is not set"),
     ("", "torchrun", "all", "servers.urls_file is not set"),
+    ("launch.time=5:00", "slurm", "all", "told to stop as soon as it begins"),
     ("launch.signal_seconds=100", "slurm", "all", "Set launch.signal_seconds to 360"),
     ("launch.mounts=[/a:/b]", "slurm", "all", "launch.mounts without launch.container"),
     ("launch.container=c launch.mounts=[a]", "slurm", "all", "launch.mounts[0] = a: this is no mount"),
@@ -117,7 +146,7 @@ WRONG: list[tuple[str, Way, Part, str]] = [
     ("launch.sbatch=['--wrap=x y']", "slurm", "all", "this is no option in one word"),
     ("launch.sbatch=[reboot]", "slurm", "all", "this is no option in one word"),
     ("launch.environment=[1A=2]", "slurm", "all", "launch.environment[0]: this is no variable"),
-    ("launch.environment=[HF_TOKEN=abc]", "slurm", "all", "this sounds like a secret"),
+    *((f"launch.environment=[{name}=abc]", "slurm", "all", "this sounds like a secret") for name in SECRET_NAMES),
     ('launch.logs="a\\nb"', "slurm", "all", "launch.logs = "),
     ("launch.logs=50%", "slurm", "all", "launch.logs = '50%'"),
     *((f"launch.sbatch=[--{name}=1]", "slurm", "all", f"Set {instead} instead") for name, instead in OWN.items()),
@@ -140,6 +169,8 @@ def test_what_cannot_work_is_told_with_a_fix(tmp_path: Path, overrides: str, way
         (COLOCATED, "slurm", "all"), (ALONE, "slurm", "all"), (f"{ALONE} servers.urls=[http://n:1]", "torchrun", "all"),
         ("launch.container=nvcr.io#nvidia/pytorch launch.mounts=[/a:/b:ro] launch.gres=gpu:h100:4", "slurm", "all"),
         ("launch.sbatch=[--constraint=h100,--mail-type=END]", "slurm", "all"),
+        ("launch.environment=[TOKENIZERS_PARALLELISM=false,NCCL_IB_HCA=mlx5]", "slurm", "all"),
+        ("servers.count=0", "slurm", "all"),  # of a run that starts none by itself: the job starts what the GPUs hold
     ],
 )  # fmt: skip
 def test_what_can_work_is_left_alone(tmp_path: Path, overrides: str, way: Way, part: Part) -> None:
@@ -158,6 +189,17 @@ def test_machines_follow_from_the_settings(tmp_path: Path, overrides: str, expec
     settings = load_settings(recipe(tmp_path), overrides.split())
     assert machines(settings) == expected
     assert signal_seconds(settings) >= settings.checkpoint.grace_seconds
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400), ("5:30", 330), ("24:00:00", 86400), ("7-00", 604800), ("1-2:03", 93780), ("1-2:03:04", 93784),
+        ("UNLIMITED", None), ("infinite", None),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int | None) -> None:
+    assert _seconds(time) == seconds
 
 
 def test_auto_resume_continues_where_a_run_is(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from megatron_rl.config.errors import SettingsError
 from megatron_rl.launch.job import Job
 from megatron_rl.launch.kubernetes import manifest
 from tests.launch.jobs import settings_of
@@ -45,11 +47,19 @@ def test_machines_that_train_and_serve(tmp_path: Path) -> None:
         assert pod["terminationGracePeriodSeconds"] == 120
         assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {"containerName": name, "operator": "In", "values": [2]}
         assert {mount["name"] for mount in container(job)["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        secrets = [volume["secret"]["defaultMode"] for volume in pod["volumes"] if "secret" in volume]
+        assert [mode & 0o004 for mode in secrets] == [0o004]  # files of a secret are root's, and the image's user is not root
         assert container(job)["resources"] == {"limits": {"nvidia.com/gpu": 4}}
         # every variable that arguments name is declared, or is Kubernetes' own of an indexed job
         declared = {variable["name"] for variable in container(job)["env"]} | {"JOB_COMPLETION_INDEX"}
         named = {piece.partition(")")[0] for word in container(job)["command"] for piece in word.split("$(")[1:]}
         assert named and named <= declared
+
+
+@pytest.mark.parametrize("name", ["1st", "a" * 60])
+def test_a_name_that_hosts_cannot_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=r"is no name for Kubernetes. Set launch.name to .* 51 letters"):
+        jobset(tmp_path, f"launch.name={name}")
 
 
 def test_ranks_find_each_other_and_their_servers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.rules.launching import Part
 from megatron_rl.launch.job import Job, sweep_of
 from megatron_rl.launch.slurm import batch_script
-from tests.launch.jobs import ROOT, recipe, settings_of
+from tests.launch.jobs import CLUSTER, ROOT, recipe, settings_of
 
 HOSTILE = [
     "$(touch hostile)",
@@ -79,6 +79,26 @@ def test_nothing_is_asked_of_nodes_without_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster.gpu=h100"], "gpu:4"), (["cluster.gpu=h100", "launch.gres=gpu:h100:4"], "gpu:h100:4"),
+        (["cluster.gpu=h100", "launch.gres=none"], None), (["cluster.gpu=cpu"], None),
+        (["cluster.gpu=h100", "launch.sbatch=[--gpus-per-node=4]"], None),
+    ],
+)  # fmt: skip
+def test_gpus_are_asked_for_where_there_are_any(tmp_path: Path, overrides: list[str], expected: str | None) -> None:
+    """SLURM shows a step those alone that its job has asked for, also on nodes that the job has for itself."""
+    assert asked(batch_script(job_of(tmp_path, *overrides))).get("gres") == expected
+
+
+def test_servers_of_a_job_are_its_own(tmp_path: Path) -> None:
+    """Two jobs of one folder would else find each other's in a shared file, and one that lost a node its dead ones."""
+    job = job_of(tmp_path, "servers.urls_file=urls", "servers.api_key_file=key", checkout=tmp_path / "checkout")
+    words = called(tmp_path, job)
+    assert "--urls" not in words and words[words.index("--api-key-file") + 1] == f"{tmp_path}/key"
+
+
+@pytest.mark.parametrize(
     ("part", "nodes", "expected"), [("train", "2", ["--nodes", "2"]), ("servers", "1", ["--nodes", "0", "--server-nodes", "1"])]
 )
 def test_parts_have_their_own_nodes(tmp_path: Path, part: Part, nodes: str, expected: list[str]) -> None:
@@ -132,7 +152,7 @@ def test_the_script_is_clean_by_shellcheck(tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_a_run_a_line(tmp_path: Path) -> None:
-    settings, words = settings_of(tmp_path), (str(recipe(tmp_path)), "run.steps=7")
+    settings, words = settings_of(tmp_path), (str(recipe(tmp_path)), *CLUSTER, "run.steps=7")
     runs = sweep_of(
         "# rates\noptimizer.lr=1e-5\n\n'objective.options={clip_low: 0.1}' run.directory=mine # own\n", words, settings
     )
@@ -152,8 +172,10 @@ def test_a_sweep_has_a_run_a_line(tmp_path: Path) -> None:
         ("optimizer.lr='1", "line 1 of the sweep: No closing quotation"),
         ("optimizer.rl=1", "unknown setting optimizer.rl"),
         ("# nothing\n", "the sweep has no line"),
+        ("run.seed=1\ncluster.nodes=4", "line 2 of the sweep changes cluster.nodes: a job array has the same machines"),
+        ("launch.partition=big sglang.tp_size=2", "changes launch.partition, the servers of a machine"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        sweep_of(text, (str(recipe(tmp_path)),), settings_of(tmp_path))
+        sweep_of(text, (str(recipe(tmp_path)), *CLUSTER), settings_of(tmp_path))

@@ -87,6 +87,10 @@ def test_nothing_fits_at_all(recipe: Path) -> None:
         (["cluster.gpu=null"], "it is not known what GPUs to plan for"),
         (["--machine", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["layout.tensor=3"], "layout.tensor = 3"),
+        (["--gpus", "0"], "Invalid value for '--gpus'"),
+        (["cluster.server_nodes=1", "sglang.tp_size=16"], "a server takes 16 GPUs, more than there are for servers."),
+        (["--prompt-tokens", "8192"], "a prompt and its response have 8,192 tokens at most"),
+        (["--response-tokens", "9000"], "--response-tokens 9000: responses have "),
         (["--suggest", "cluster.nodes=null"], "it is not known how many GPUs to suggest a layout for"),
     ],
 )

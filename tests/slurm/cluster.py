@@ -131,6 +131,13 @@ class Cluster:
         for each in {*self._processes(f"{MARK}={name}"), *self._processes(f"SLURMD_NODENAME={name}")}:
             _kill(each)
 
+    def kill_rank(self, rank: int) -> bool:
+        """A rank of the only job that runs, as if its machine had had no memory left; False where there is none yet."""
+        ranks = set(self._processes(f"RANK={rank}")) & set(self._processes(f"SLURM_CONF={self.place / 'slurm.conf'}"))
+        for each in ranks:
+            _kill(each)
+        return bool(ranks)
+
     def idle(self) -> int:
         return len(re.findall(r"State=IDLE(?!\S)", self.ask("scontrol", "show", "nodes")))
 

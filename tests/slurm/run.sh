@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the toy model on a real SLURM on this machine: a controller and three nodes on loopback, in a temporary folder. Submits,
-# preempts, kills a node, and prints what became of it. Takes about ten minutes; needs no GPU. Ends all that it has started.
+# preempts, kills a node, and prints what became of it. Takes about twelve minutes; needs no GPU. Ends all that it has started.
 #
 #   tests/slurm/run.sh                      every scenario
 #   tests/slurm/run.sh --only completes     some: --help tells which there are

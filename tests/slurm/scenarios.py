@@ -185,16 +185,26 @@ def fails(stage: Stage, name: str = "broken") -> str:
     return f"{state}, no restart"
 
 
+def loses_a_rank(stage: Stage, name: str = "short of one") -> str:
+    """One that dies while others wait for it ends the job, which is not taken for one that was told to stop and has saved."""
+    job = stage.launch(name)
+    stage.cluster.until("rank 1", lambda: stage.cluster.kill_rank(1))
+    state = stage.cluster.ended(job, 240)
+    assert state.startswith("FAILED") and not state.startswith(("FAILED 0:", "FAILED 143:")), f"{state}\n{stage.log(name, job)}"
+    assert stage.cluster.of_job(job, "Restarts") == "0"
+    stage.require(name, job, "task 1: Killed", "ranks ended with", "failed with")
+    return f"{state}, no restart"
+
+
 def sweeps(stage: Stage, name: str = "sweep", source: str = "preempted") -> str:
     """A job array, one run a line, of words that a shell would make something of."""
+    hostile = "$(touch hostile); `touch hostile`"
     lines = stage.cluster.place / "runs.txt"
-    lines.write_text(
-        'optimizer.lr=1e-4\n# a comment\noptimizer.lr=2e-4 \'launch.environment=["NOTE=$(touch hostile); `id` \\"x"]\'\n'
-    )
+    lines.write_text(f"optimizer.lr=1e-4\n# a comment\noptimizer.lr=2e-4 'run.directory={stage.folder(name)}/{hostile}'\n")
     replay = f"bank.replay={stage.folder(source) / 'bank'}"
     job = stage.launch(name, replay, "--sweep", str(lines), steps=2)
     stage.cluster.until("both runs", lambda: not stage.cluster.ask("squeue", "--noheader", f"--jobs={job}").strip())
-    rates = [metrics(stage.folder(name) / f"00{number}")[-1]["lr"] for number in (0, 1)]
+    rates = [metrics(stage.folder(name) / folder)[-1]["lr"] for folder in ("000", hostile)]
     assert rates[1] == 2 * rates[0], rates
     assert not list(stage.cluster.place.rglob("hostile"))
     return f"2 runs, learning rates {rates}"
@@ -208,6 +218,7 @@ SCENARIOS: dict[str, Callable[[Stage], str]] = {
     "servers apart": attaches,
     "colocated": colocated,
     "a part fails": fails,
+    "a rank dies": loses_a_rank,
     "sweep": sweeps,
 }
 

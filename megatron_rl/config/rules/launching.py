@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from megatron_rl.config.rules.case import problem
@@ -14,7 +15,7 @@ type Part = Literal["all", "train", "servers"]
 
 WORD = re.compile(r"[\w.,:=@+/()\[\]-]+")  # what names of partitions, accounts and the like consist of
 NAME = re.compile(r"[A-Za-z_]\w*")
-SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+SECRETS = re.compile(r"(^|_)(\w*KEYS?|TOKENS?|SECRETS?|PASS\w*|AUTH|CREDENTIALS?)(_|$)", re.IGNORECASE)  # no TOKENIZERS_…
 # Options of sbatch that have a setting of their own, or that the way a job is ended and started again rests on.
 OWN = {
     "nodes": "cluster.nodes", "ntasks-per-node": "cluster.gpus_per_node", "job-name": "launch.name", "gres": "launch.gres",
@@ -36,10 +37,19 @@ def machines(settings: Settings) -> tuple[int, int] | None:
 
 
 def servers_of_a_machine(settings: Settings) -> int:
-    """As many as servers.count says, or as its GPUs hold."""
+    """As many as servers.count says, or as its GPUs hold. A count of 0 is of a run that starts none by itself."""
     if settings.servers.count:
         return settings.servers.count
     return max(1, settings.cluster.gpus_per_node // _gpus_of_a_server(settings))
+
+
+def gres(settings: Settings) -> str | None:
+    """What each node must have: as the settings say, or all its GPUs. Steps of a job that asked for none see none, also on
+    nodes that it has for itself."""
+    asked = any(option.startswith("--gpus") for option in settings.launch.sbatch)
+    if settings.launch.gres is None and settings.cluster.gpu not in (None, "cpu") and not asked:
+        return f"gpu:{settings.cluster.gpus_per_node}"
+    return None if settings.launch.gres == "none" else settings.launch.gres
 
 
 def signal_seconds(settings: Settings) -> int:
@@ -55,6 +65,7 @@ def launch_problems(settings: Settings, way: Way, part: Part) -> Iterator[str]:
     yield from _there_is_time_to_save(settings)
     yield from _containers_are_whole(settings, way)
     yield from _texts_are_harmless(settings)
+    yield from _paths_are_harmless(settings, way)
 
 
 def _machines_are_known(settings: Settings) -> Iterator[str]:
@@ -78,17 +89,18 @@ def _servers_fit(settings: Settings, way: Way, part: Part) -> Iterator[str]:
     cluster, servers = settings.cluster, settings.servers
     starts = cluster.server_nodes > 0 or servers.colocated
     size, count = _gpus_of_a_server(settings), servers.count
-    if starts and count == 0 and part != "train":
+    if servers.colocated and count == 0:
         yield problem(
-            f"servers.count = 0 with cluster.server_nodes = {cluster.server_nodes}",
-            "no server would be started on these machines",
-            "Set servers.count to the servers of one machine, or cluster.server_nodes=0",
+            "servers.count = 0 with servers.placement = colocated",
+            "no server would be started on the GPUs of the ranks",
+            "Remove servers.count, or set it to the servers of one machine",
         )
     elif starts and size > cluster.gpus_per_node:
         yield problem(
             f"sglang.tp_size x sglang.pp_size = {size} with cluster.gpus_per_node = {cluster.gpus_per_node}",
             "a server lives on one machine",
-            "Make them smaller, or serve an FP8 checkpoint (servers.model), which needs half the GPUs",
+            "Make them smaller, serve an FP8 checkpoint (servers.model), which needs half the GPUs, or start such servers with "
+            "SGLang itself: cluster.server_nodes=0, and their URLs in servers.urls_file",
         )
     elif starts and size > 1 and (count or 1) * size > cluster.gpus_per_node:
         yield problem(
@@ -160,6 +172,24 @@ def _there_is_time_to_save(settings: Settings) -> Iterator[str]:
             "the job would be ended while it may still be saving",
             f"Set launch.signal_seconds to {math.ceil(grace) + 60}, or make checkpoint.grace_seconds smaller",
         )
+    limit = None if settings.launch.time is None else _seconds(settings.launch.time)
+    if limit is not None and limit <= signal_seconds(settings):
+        yield problem(
+            f"launch.time = {settings.launch.time}, {limit:,} s, with {signal_seconds(settings)} s before its end for saving",
+            "the job would be told to stop as soon as it begins",
+            "Make launch.time longer, or launch.signal_seconds (checkpoint.grace_seconds) smaller",
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """Of a time limit as SLURM reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it has no end, or is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        return None
+    days, *others = (None if part is None else int(part) for part in found.groups())
+    parts = [part for part in others if part is not None]
+    units = (3600, 60, 1) if days is not None or len(parts) == 3 else (60, 1)
+    return (days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _containers_are_whole(settings: Settings, way: Way) -> Iterator[str]:
@@ -221,13 +251,18 @@ def _texts_are_harmless(settings: Settings) -> Iterator[str]:
                 "settings are saved with the run and shown to whoever looks, and this sounds like a secret",
                 f"Export {name} in the shell that submits: SLURM passes its variables on; or keep it in a file",
             )
-    paths = {
+
+
+def _paths_are_harmless(settings: Settings, way: Way) -> Iterator[str]:
+    launch = settings.launch
+    paths: dict[str, Path | str | None] = {
         "launch.logs": launch.logs or settings.run.directory,
         "launch.venv": launch.venv,
         "launch.checkout": launch.checkout,
+        "launch.container": launch.container,
+        "the folder in which you launch": Path.cwd() if way == "slurm" else None,
     }
-    texts = {**paths, "launch.container": launch.container}
-    for name, path in texts.items():
+    for name, path in paths.items():
         if path is not None and (not str(path).isprintable() or any(mark in str(path) for mark in '"\\%')):
             yield problem(
                 f"{name} = {str(path)!r}", 'SLURM reads ", \\ and % in paths as something else', "Choose a path without them"
