@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import free_ports
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian keeps daemons
-PATIENCE = 120.0  # seconds, far above what anything takes
+PATIENCE = 300.0  # seconds, far above what anything takes on a machine that does nothing else
 MARK = "MEGATRON_RL_TEST_NODE"  # a variable by which a node's processes are known
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 CONFIGURATION = """\
