@@ -8,7 +8,7 @@ the machine does meets both alike:
     bare update      the same sequences packed, scored and learned from by the policy alone
     bare publish     the same weights to the same server, with the probe, and no pool around it
 
-    python tools/bench_step.py [--rounds 5] [--steps 4] [--groups 8] [--tokens 48]
+    python tools/bench_step.py [--rounds 5] [--steps 4] [--groups 8] [--tokens 48] [--piece 32]
 
 Ends with an error when a step takes more than 5% longer than its bare parts together (medians of all steps but each round's
 first, which warms up, and last, which publishes nothing).
@@ -88,7 +88,7 @@ def bench_settings(arguments: argparse.Namespace, folder: Path, url: str, number
             "data": {"sources": [{"path": "task:arithmetic"}]},
             "rewards": [{"name": "length", "options": {"high": arguments.tokens}}],
             "sampling": {"groups": arguments.groups, "group_size": SIZE, "max_new_tokens": arguments.tokens, "max_tokens": 512},
-            "servers": {"urls": [url]},
+            "servers": {"urls": [url], "piece": arguments.piece},
             "observe": {"look_every": 0},
             "run": {"directory": folder / f"run{number}", "steps": arguments.steps, "seed": number},
             "device": {"kind": "cpu", "threads": 1},
@@ -156,6 +156,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a round")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument(
+        "--piece", type=int, default=32, help="servers.piece; with --tokens or more nothing is streamed, as bare"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

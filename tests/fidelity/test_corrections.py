@@ -71,15 +71,6 @@ def scene(tiny_server: TinyServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
     drawn = asyncio.run(sampled())
     serve(tiny_server, tiny_server.model)
-    with Bank(folder / "bank") as bank:
-        for number, prompt in enumerate(prompts):
-            samples = []
-            for place, each in enumerate(drawn[number * SIZE : (number + 1) * SIZE]):
-                told = np.concatenate([np.zeros(each.prompt, np.float32), each.reported])
-                segments = (Segment(0, each.prompt, "prompt"), Segment(each.prompt, len(each.tokens), "policy", 0))
-                samples.append(Sample(each.tokens, told, segments, "length", {"exact": float(place)}, float(place)))
-            bank.append(Group(f"g{number}", Prompt(f"p{number}", np.array(prompt)), tuple(samples), 0))
-        bank.seal(0)
     settings = Settings.model_validate(
         {
             "policy": {"init": tiny_server.model},
@@ -88,9 +79,30 @@ def scene(tiny_server: TinyServer, tmp_path_factory: pytest.TempPathFactory) -> 
             "batch": {"max_tokens": 64},
         }
     )
-    with opened(settings) as policy, BankReader(folder / "bank") as bank_:
-        rows = bank_.step(0)
-        yield Scene(rows, policy, looked_at(policy, rows))
+    with opened(settings) as policy:
+        moved = moves(policy, drawn)
+        with Bank(folder / "bank") as bank:
+            for number, prompt in enumerate(prompts):
+                samples = []
+                group = slice(number * SIZE, (number + 1) * SIZE)
+                ranks = np.argsort(np.argsort(moved[group]))  # the worst is the one that the policy moved away from most
+                for each, reward in zip(drawn[group], map(float, ranks), strict=True):
+                    told = np.concatenate([np.zeros(each.prompt, np.float32), each.reported])
+                    segments = (Segment(0, each.prompt, "prompt"), Segment(each.prompt, len(each.tokens), "policy", 0))
+                    samples.append(Sample(each.tokens, told, segments, "length", {"exact": reward}, reward))
+                bank.append(Group(f"g{number}", Prompt(f"p{number}", np.array(prompt)), tuple(samples), 0))
+            bank.seal(0)
+        with BankReader(folder / "bank") as reader:
+            rows = reader.step(0)
+            yield Scene(rows, policy, looked_at(policy, rows))
+
+
+def moves(policy: Policy, drawn: list[Any]) -> list[float]:
+    """Of each response: the mean of the policy's log-probs less those of the server."""
+    masks = [np.arange(len(each.tokens)) >= each.prompt for each in drawn]
+    packs = policy.pack([TokenSequence(i, each.tokens, masks[i]) for i, each in enumerate(drawn)])
+    own = policy.per_sequence(packs, [values.log_probs for values in policy.log_probs(packs)])
+    return [float(np.mean(own[i][masks[i]] - each.reported)) for i, each in enumerate(drawn)]
 
 
 def looked_at(policy: Policy, rows: SealedStep) -> list[Row]:
