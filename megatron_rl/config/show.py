@@ -111,15 +111,20 @@ def shown(value: Any) -> str:
     return json.dumps(value, default=BaseModel.model_dump).replace('"', "")
 
 
-def collapse(numbers: Iterable[int]) -> str:
-    """`0-3, 8-11` for 0, 1, 2, 3, 8, 9, 10, 11."""
+def spans(numbers: Iterable[int]) -> list[str]:
+    """`0-3` and `8` for 0, 1, 2, 3, 8."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    parts = [str(start) if start == end else f"{start}-{end}" for start, end in runs]
+    return [str(start) if start == end else f"{start}-{end}" for start, end in runs]
+
+
+def collapse(numbers: Iterable[int]) -> str:
+    """`0-3, 8-11` for 0, 1, 2, 3, 8, 9, 10, 11."""
+    parts = spans(numbers)
     if len(parts) > 6:  # copies stand at equal distances: three tell the rest
         parts = [*parts[:3], "...", parts[-1]]
     return ", ".join(parts) or "-"

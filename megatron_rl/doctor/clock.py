@@ -1,12 +1,11 @@
 """Clocks: the file system's against this machine's. Between machines the ranks compare theirs, under a launcher."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.doctor.finding import Finding, error, warning, well
-from megatron_rl.doctor.folder import nearest, trial_folder
+from megatron_rl.doctor.folder import nearest, trial_folder, unwritable
 from megatron_rl.doctor.visit import Visit
 
 NOTICEABLE, WRONG = 1.0, 60.0  # seconds
@@ -16,10 +15,9 @@ FIX = "Have both set by the same time server (chronyc tracking, timedatectl), th
 def check_clock(visit: Visit) -> Iterator[Finding]:
     """A file that is written now was written now."""
     place = nearest(visit.folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        yield error(
-            f"{place} cannot be written to, so its clock cannot be read", str(place), "See what the check `folder` says."
-        )
+    refusal = unwritable(place, "its clock cannot be read")
+    if refusal is not None:
+        yield refusal
         return
     with trial_folder(visit) as trial:
         path = trial / "now"

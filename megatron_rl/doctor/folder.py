@@ -28,6 +28,13 @@ def nearest(folder: Path) -> Path:
     return folder
 
 
+def unwritable(place: Path, so: str) -> Finding | None:
+    """That nothing can be tried in a place, and what follows: the finding of checks that need to; `folder` says why."""
+    if place.is_dir() and os.access(place, os.W_OK):
+        return None
+    return error(f"{place} cannot be written to, so {so}", str(place), "See what the check `folder` says.")
+
+
 @contextmanager
 def trial_folder(visit: Visit) -> Iterator[Path]:
     """A folder beside what the run will write, on the same file system; nothing of it stays."""

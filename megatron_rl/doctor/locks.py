@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.doctor.finding import Finding, error, well
-from megatron_rl.doctor.folder import nearest, trial_folder
+from megatron_rl.doctor.folder import nearest, trial_folder, unwritable
 from megatron_rl.doctor.visit import Visit
 
 RENAMES = 200
@@ -50,10 +50,9 @@ REFUSED = 11
 def check_locks(visit: Visit) -> Iterator[Finding]:
     """On this machine; between machines the ranks try it, under a launcher."""
     place = nearest(visit.folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        yield error(
-            f"{place} cannot be written to, so nothing can be tried there", str(place), "See what the check `folder` says."
-        )
+    refusal = unwritable(place, "nothing can be tried there")
+    if refusal is not None:
+        yield refusal
         return
     with trial_folder(visit) as trial:
         for name in ("flock", "lockf"):

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.settings import PrecisionSettings
+from megatron_rl.config.show import spans
 from megatron_rl.weights.fp8 import BLOCKS, fp8_tensors, linear_tensors, served_tensors
 from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.quantize import ACTIVATION_BLOCKS, WEIGHT_BLOCKS, Blocks
@@ -136,24 +137,13 @@ def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         kind = _EXPERT.sub("*", _LAYER.sub("*", name)).removesuffix(".weight")
         layers, _ = kinds.setdefault(kind, (set(), name))
         layers |= {int(layer[1])} if layer else set()
-    return {kind: (_runs(layers), example) for kind, (layers, example) in kinds.items()}
+    return {kind: (",".join(spans(layers)), example) for kind, (layers, example) in kinds.items()}
 
 
 def _named(names: Iterable[str]) -> str:
     kinds = modules(names)
     shown = [f"{kind.replace('.layers.*.', f'.layers.{{{layers}}}.')}" for kind, (layers, _) in kinds.items()]
     return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN} more kinds" if len(shown) > SHOWN else "")
-
-
-def _runs(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as 0-2,5."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 def _said(blocks: Blocks) -> str:
