@@ -123,9 +123,11 @@ def test_requests_share_a_connection_when_a_stream_was_read_to_its_end() -> None
 
 
 def test_a_call_is_not_lost_on_a_connection_that_was_cut_meanwhile() -> None:
-    """The server ends each connection behind its answer, without a word."""
+    """Each has one of its own: what ends behind an answer costs no other call."""
+    came = []
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(writer)
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
         await writer.drain()
@@ -137,5 +139,6 @@ def test_a_call_is_not_lost_on_a_connection_that_was_cut_meanwhile() -> None:
             for _ in range(20):
                 assert await connection.ask("/get_model_info") == {}
             await connection.close()
+            assert len(came) == 20
 
     asyncio.run(ask())
