@@ -13,6 +13,7 @@ from megatron_rl.config.settings import Settings
 from megatron_rl.plan.job import Job, workload_of
 from megatron_rl.plan.machine import GIB, find_machine, known_machines
 from megatron_rl.plan.plan import Plan
+from tools.marked_pages import with_part
 from tools.plan_published import served_lines, training_lines
 
 ROOT = Path(__file__).parent.parent
@@ -108,10 +109,7 @@ def text() -> str:
     """The page as it should be: what stands between `<!-- name: ... -->` and `<!-- end of name -->` made anew."""
     page = PAGE.read_text(encoding="utf-8")
     for name, lines in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- end of {name} -->)", re.S)
-        assert len(pattern.findall(page)) == 1, f"{PAGE} has no place for the table {name}"
-        made = "\n" + "".join(f"{line}\n" for line in lines()) + "\n"
-        page = pattern.sub(rf"\g<1>{made}\g<2>", page)
+        page = with_part(PAGE, name, "".join(f"{line}\n" for line in lines()), page)
     return page
 
 

@@ -1,22 +1,19 @@
 """Write the list of rewards in docs/rewards.md from their declarations: `python tools/reward_docs.py`.
 
-What stands between the two marks of the page is written, the rest is left as it is. A test compares.
+What stands between the page's markers is made here, the rest is written by hand. A test compares.
 """
 
 from pathlib import Path
 
 from megatron_rl.rewards.registry import Entry, catalogue
+from tools.marked_pages import with_part
 
 PAGE = Path(__file__).parent.parent / "docs" / "rewards.md"
-BEGIN, END = "<!-- written by tools/reward_docs.py -->", "<!-- end -->"
 
 
 def text() -> str:
     """The page as it should be."""
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{'\n'.join(map(_section, catalogue()))}\n{END}{tail}"
+    return with_part(PAGE, "rewards", "\n".join(map(_section, catalogue())))
 
 
 def _section(entry: Entry) -> str:
