@@ -168,6 +168,7 @@ class Caretaker:
         worker, weights, before = self._worker, self._weights, self._worker.health
         info = await inspect(worker.client, self._demands)
         worker.desk.resize(self._capacity(info))
+        worker.stride = info.stride
         worker.torn = worker.torn or info.state != "whole"
         async with weights.lock:
             if weights.asleep:

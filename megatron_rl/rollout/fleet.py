@@ -143,6 +143,7 @@ class Fleet:
         elif working and self.router.works and not any(isinstance(w.health, Paused | Outdated) for w in self.workers.values()):
             capacities = [worker.desk.capacity for worker in working]
             self.router.desk.resize(Capacity(sum(c.requests for c in capacities), sum(c.tokens for c in capacities)))
+            self.router.stride = max(worker.stride for worker in working)
             yield self.router, self.router.desk
 
     async def abort(self, worker: Worker, request: str) -> None:

@@ -4,6 +4,11 @@ A server that dies, is quarantined or is updated leaves us the tokens that it ha
 part of the prompt: given the same weights that draws from the same distribution, and given new ones it is two spans.
 
 A server looks for stop texts in what it generates itself. One that begins in what another has generated is ours to find.
+
+What the last step of an aborted response has added nobody has looked at: SGLang takes the abort for its end before it asks
+whether the token is one that ends responses, or completes a stop text (sglang 0.5.17, srt/managers/schedule_batch.py,
+Req.update_finish_state). Gone on from, the response would run past its end. So that step is left out whatever it brought, which
+changes no distribution, and is done again.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,15 +68,19 @@ class Growing:
             min_new_tokens=max(0, self._sampling.min_new_tokens - self.length),
         )
 
-    def absorb(self, piece: Piece) -> None:
-        """More of it. The routing of a position is that of the server which sampled what follows it."""
+    def absorb(self, piece: Piece, stride: int = 1) -> None:
+        """More of it; a step of that server's decoding adds at most `stride` tokens.
+
+        The routing of a position is that of the server which sampled what follows it.
+        """
         before = self.length
-        self._tokens += piece.tokens
-        self._log_probs += piece.log_probs
-        self._spans.append(Span(piece.version, len(piece.tokens)))
+        count = len(piece.tokens) if piece.finish != "abort" else max(0, len(piece.tokens) - stride)
+        self._tokens += piece.tokens[:count]
+        self._log_probs += piece.log_probs[:count]
+        self._spans.append(Span(piece.version, count))
         self._cached = piece.cached if self._cached is None else self._cached
         if piece.routing is not None:
-            whole = piece.routing.copy()
+            whole = piece.routing[: len(piece.routing) - (len(piece.tokens) - count)].copy()
             if self._routing is not None:
                 whole[: len(self._routing)] = self._routing
             self._routing = whole

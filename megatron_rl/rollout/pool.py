@@ -180,7 +180,7 @@ class Pool:
         )
         async with aclosing(stream) as pieces:
             async for piece in pieces:
-                growing.absorb(piece)
+                growing.absorb(piece, worker.stride)
                 if piece.finish is not None:
                     return "stop" if growing.stopped else piece.finish
                 if growing.stopped:  # an abort brings the rest of what was computed, and the routing with it

@@ -98,6 +98,7 @@ class ServerInfo:
     dtype: str  # of weights and activations, as it was told: auto, float32, bfloat16 …
     quantization: str | None  # as it was told; a quantised checkpoint needs no telling
     overrides: Mapping[str, Any]  # what of its model's config.json it was told to read otherwise
+    stride: int  # tokens that one step of its decoding adds to a response at most
     sleeps: bool  # whether it gives memory back when it is told to; on a CPU there is none to give, and it says that it did
 
 
@@ -256,6 +257,7 @@ def read_server_info(reply: Mapping[str, Any]) -> ServerInfo:
         dtype=member(reply, "dtype", str),
         quantization=reply.get("quantization"),
         overrides=_overrides(reply),
+        stride=max(1, reply.get("speculative_num_draft_tokens") or 1),
         sleeps=member(reply, "enable_memory_saver", bool) or member(reply, "device", str) == "cpu",
     )
 

@@ -24,6 +24,7 @@ class Worker:
     server: Server | None = None  # a process of our own
     health: Health = field(default_factory=Starting)
     torn: bool = False  # an update failed half-way, or never came: whatever it says, its weights are no version
+    stride: int = 1  # tokens that one step of its decoding adds to a response at most
     desk: Desk = field(default_factory=lambda: Desk(Capacity(0, 1.0)))
     attempts: "dict[str, asyncio.Task[object]]" = field(default_factory=dict)  # by request
     strikes: int = 0

@@ -52,7 +52,7 @@ def test_a_stop_text_is_found_across_servers(before: int) -> None:
     growing.rest()
     growing.absorb(piece(tokens[:before], 0))
     growing.rest()
-    growing.absorb(piece(tokens[before:], 1, finish="abort", routing=routing(9, server=1)))
+    growing.absorb(piece([*tokens[before:], 9], 1, finish="abort", routing=routing(10, server=1)))
     assert growing.stopped
     ended = growing.generation("abort")
     assert ended.finish == "stop"
@@ -78,7 +78,7 @@ def test_stop_texts_need_the_tokenizer() -> None:
 
 def test_positions_keep_the_routing_of_who_sampled_there() -> None:
     growing = Growing(PROMPT, Sampling(6))
-    growing.absorb(piece([1, 2], 0, finish="abort", routing=routing(4, server=1)))
+    growing.absorb(piece([1, 2, 9], 0, finish="abort", routing=routing(5, server=1)))
     growing.rest()
     growing.absorb(piece([3], 1))  # this server died: its routing is lost
     growing.rest()
@@ -90,7 +90,7 @@ def test_positions_keep_the_routing_of_who_sampled_there() -> None:
 
 def test_routing_of_a_beginning_is_left_out() -> None:
     growing = Growing(PROMPT, Sampling(6))
-    growing.absorb(piece([1, 2], 0, finish="abort", routing=routing(4, server=1)))
+    growing.absorb(piece([1, 2, 9], 0, finish="abort", routing=routing(5, server=1)))
     assert growing.generation("abort").routing is not None
     growing.absorb(piece([3], 1))
     assert growing.generation("abort").routing is None
@@ -102,3 +102,16 @@ def test_full_is_full(streamed: int) -> None:
     growing.absorb(piece(list(range(streamed))))
     assert growing.full == (streamed == 6)
     assert growing.weight == 9
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("last", range(5))
+def test_what_the_last_step_of_an_aborted_response_brought_is_asked_for_again(stride: int, last: int) -> None:
+    """It may be the token that ends the response, at which nobody has looked. What was streamed before has been looked at."""
+    growing = Growing(PROMPT, Sampling(40))
+    growing.absorb(piece([1, 2, 3], 0), stride)
+    growing.absorb(piece([4, 5, 6, 7][:last], 1, finish="abort"), stride)
+    kept = [1, 2, 3, *[4, 5, 6, 7][: max(0, last - stride)]]
+    assert growing.rest()[0] == PROMPT + kept
+    now = growing.generation("abort")
+    assert now.tokens.tolist() == kept and len(now.log_probs) == sum(span.length for span in now.spans) == len(kept)
