@@ -113,7 +113,7 @@ class ServerSettings(Section):
         "computed anew; retract and in_place: servers keep them, and the new weights read keys and values of the old.",
     )
     piece: PositiveInt = Field(
-        32, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
+        128, description="Tokens of a response that arrive at a time; a server that dies costs fewer. 1 halves the speed."
     )
 
     @property

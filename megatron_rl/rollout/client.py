@@ -48,7 +48,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts; their tokens stay in the response
     ignore_end: bool = False  # go on past every stop token
     seed: int | None = None  # heeded by servers with sglang.enable_deterministic_inference alone
-    piece: int = 32  # tokens to a piece of the stream: what a server that dies costs at most
+    piece: int = 128  # tokens to a piece of the stream: what a server that dies costs at most
 
     def request(self) -> dict[str, Any]:
         return {
