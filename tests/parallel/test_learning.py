@@ -45,8 +45,9 @@ def learn(launch: Launch, settings: dict[str, Any], bank: Path, folder: Path) ->
     return dict(report.metrics), report.look.expert_tokens.tolist()
 
 
-@pytest.mark.parametrize("surrogate", ["gspo", "grpo"])
-def test_ranks_do_not_matter(surrogate: str, cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("surrogate", "layouts"), [("gspo", [*LAYOUTS]), ("grpo", ["context 2"])])
+def test_ranks_do_not_matter(surrogate: str, layouts: list[str], cluster: Cluster, tmp_path: Path) -> None:
+    """GRPO, whose ratios are of tokens, where a sequence is cut: all else is the same for both."""
     sealed_steps(tmp_path / "bank", STEPS)
     objective: dict[str, Any] = {"surrogate": surrogate, "reference": "initial", "penalties": [{"name": "kl_loss"}]}
 
@@ -67,8 +68,8 @@ def test_ranks_do_not_matter(surrogate: str, cluster: Cluster, tmp_path: Path) -
     metrics, tokens, weights = run("one", 1, {})
     moved = max(np.abs(weights[name] - first[name]).max() for name in weights)
     assert moved > 100 * TOLERANCE
-    for name, (ranks, layout) in LAYOUTS.items():
-        found, loads, learned = run(name, ranks, layout)
+    for name in layouts:
+        found, loads, learned = run(name, *LAYOUTS[name])
         assert loads.sum() == tokens.sum() and np.abs(loads - tokens).max() <= 1, name  # a near tie may go either way
         assert found == pytest.approx(metrics, rel=1e-3, abs=1e-5), name
         assert learned.keys() == weights.keys()

@@ -119,21 +119,6 @@ def check_survivors(load: Load, mode: str, old: Path, version: int, new: Path | 
             np.testing.assert_allclose(response.log_probs[bound:], news[PROMPT_LENGTH + bound :], atol=CLOSE)
 
 
-def test_a_server_with_a_key_answers_nobody_without(more: More) -> None:
-    """And tells nobody: its key is in no command line, no environment, and starred out of its log."""
-    for path in ("/generate", "/pause_generation", "/update_weights_from_disk", "/update_weights_from_tensor"):
-        for headers in ({}, {"Authorization": "Bearer another"}):
-            assert httpx.post(more.dense.url + path, json={}, headers=headers, trust_env=False).status_code == 401
-    assert httpx.get(f"{more.dense.url}/server_info", trust_env=False).status_code == 401
-    known = [
-        file for name in ("cmdline", "environ") for file in Path("/proc").glob(f"[0-9]*/{name}") if KEY.encode() in read(file)
-    ]
-    log = more.dense.options.log
-    assert known == [] and [path.name for path in log.parent.glob("dense*") if path.suffix != ".log"] == []
-    assert "api_key=" in log.read_text() and KEY not in log.read_text()
-    assert stat.S_IMODE(log.stat().st_mode) == 0o600
-
-
 @pytest.mark.parametrize(("way", "mode"), WAYS)
 def test_requests_live_through_a_publish(way: str, mode: str, tiny_server: TinyServer) -> None:
     url, load = tiny_server.server.url, Load(seed=0)
@@ -146,35 +131,6 @@ def test_requests_live_through_a_publish(way: str, mode: str, tiny_server: TinyS
 
     with_publisher(tiny_server.other, work, load.connect, publish={"transport": way}, servers={"update": mode})
     run(serves(url, tiny_server.other, 1))
-
-
-def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
-    """Without a prefix cache a retracted request computes all anew: what it samples afterwards is the new weights' own."""
-    url, (old, new) = more.dense.url, more.dense_models
-    for version, (way, mode) in enumerate(DENSE_WAYS, 1):
-        load = Load(seed=version)
-
-        async def work(publisher: Publisher, version: int = version) -> None:
-            report = await publisher.publish(version, [Target(url)])
-            assert report.serving == (url,), report.failures
-
-        with_publisher(new, work, load.connect, publish={"transport": way}, servers={"update": mode})
-        check_survivors(load, mode, old, version, new)
-        run(serves(url, new, version))
-        old, new = new, old
-    # Else each publish that empties the cache would wait half a second for a collection of garbage.
-    assert "Freezing GC in Scheduler" in more.dense.options.log.read_text()
-
-
-def test_a_server_that_returns_no_routing_is_refused_where_replay_asks_for_it(more: More) -> None:
-    async def meet() -> None:
-        async with connect(more.dense.url) as client:
-            with pytest.raises(
-                UnsuitableServer, match=r"does not return routing.* start it with --enable-return-routed-experts"
-            ):
-                await inspect(client, Demands("qwen3", VOCABULARY, SHAPE))
-
-    run(meet())
 
 
 @pytest.mark.parametrize(
@@ -213,6 +169,50 @@ def test_the_command(tiny_server: TinyServer, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["publish", str(tmp_path / "converted"), "--server", url, "--transport", "broadcast"])
     assert result.exit_code == 0, result.output
     run(serves(url, tiny_server.model, 41))  # these weights are of no step either
+
+
+def test_a_server_with_a_key_answers_nobody_without(more: More) -> None:
+    """And tells nobody: its key is in no command line, no environment, and starred out of its log."""
+    for path in ("/generate", "/pause_generation", "/update_weights_from_disk", "/update_weights_from_tensor"):
+        for headers in ({}, {"Authorization": "Bearer another"}):
+            assert httpx.post(more.dense.url + path, json={}, headers=headers, trust_env=False).status_code == 401
+    assert httpx.get(f"{more.dense.url}/server_info", trust_env=False).status_code == 401
+    known = [
+        file for name in ("cmdline", "environ") for file in Path("/proc").glob(f"[0-9]*/{name}") if KEY.encode() in read(file)
+    ]
+    log = more.dense.options.log
+    assert known == [] and [path.name for path in log.parent.glob("dense*") if path.suffix != ".log"] == []
+    assert "api_key=" in log.read_text() and KEY not in log.read_text()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_a_dense_server_and_tokens_of_new_weights(more: More) -> None:
+    """Without a prefix cache a retracted request computes all anew: what it samples afterwards is the new weights' own."""
+    url, (old, new) = more.dense.url, more.dense_models
+    for version, (way, mode) in enumerate(DENSE_WAYS, 1):
+        load = Load(seed=version)
+
+        async def work(publisher: Publisher, version: int = version) -> None:
+            report = await publisher.publish(version, [Target(url)])
+            assert report.serving == (url,), report.failures
+
+        with_publisher(new, work, load.connect, publish={"transport": way}, servers={"update": mode})
+        check_survivors(load, mode, old, version, new)
+        run(serves(url, new, version))
+        old, new = new, old
+    # Else each publish that empties the cache would wait half a second for a collection of garbage.
+    assert "Freezing GC in Scheduler" in more.dense.options.log.read_text()
+
+
+def test_a_server_that_returns_no_routing_is_refused_where_replay_asks_for_it(more: More) -> None:
+    async def meet() -> None:
+        async with connect(more.dense.url) as client:
+            with pytest.raises(
+                UnsuitableServer, match=r"does not return routing.* start it with --enable-return-routed-experts"
+            ):
+                await inspect(client, Demands("qwen3", VOCABULARY, SHAPE))
+
+    run(meet())
 
 
 def test_a_server_killed_in_the_middle_of_a_publish(more: More, tiny_server: TinyServer, cluster: Cluster) -> None:
