@@ -71,16 +71,16 @@ def launch(
         _require_sense(way, sweep, submit)
         words = (str(config), *(overrides or []))
         settings = load_settings(config, words[1:])
-        _require_launchable(settings, way, part)
+        unwise = _require_launchable(settings, way, part)
         runs = () if sweep is None else sweep_of(_text(sweep), words, settings)
         _require_servers_of_their_own(settings, part, runs)
-        for own in runs:
-            _require_launchable(load_settings(config, [*words[1:], *own]), way, part)
+        unwise += [line for own in runs for line in _require_launchable(load_settings(config, [*words[1:], *own]), way, part)]
         if way == "torchrun" and part == "all" and settings.cluster.server_nodes:
             part = "train"  # of one script for each machine, servers have another
         checkout = Path.cwd() / (settings.launch.checkout or HERE)
         job = Job(settings, words, Path.cwd(), checkout, part, runs)
         script = WRITERS[way](job)
+        tell_warnings(dict.fromkeys(unwise))  # runs of a sweep have most in common
         if submit:
             _submit(job, script, output)
         elif output is not None:
@@ -111,8 +111,9 @@ def _require_sense(way: Way, sweep: Path | None, submit: bool) -> None:
         )
 
 
-def _require_launchable(settings: Settings, way: Way, part: Part) -> None:
-    """All that a dry run asks of settings, model and layout, and what launching asks besides; told at once."""
+def _require_launchable(settings: Settings, way: Way, part: Part) -> list[str]:
+    """All that a dry run asks of settings, model and layout, and what launching asks besides; told at once. Returns what is
+    allowed and unwise."""
     problems = list(launch_problems(settings, way, part))
     if problems:
         raise SettingsError("\n".join(problems))
@@ -120,7 +121,7 @@ def _require_launchable(settings: Settings, way: Way, part: Part) -> None:
     assert world_size is not None  # or launch_problems has said so
     require_valid(settings, architecture, world_size)
     require_buildable(settings)
-    tell_warnings(warnings(settings, architecture, world_size))
+    return warnings(settings, architecture, world_size)
 
 
 def _require_servers_of_their_own(settings: Settings, part: Part, runs: Sequence[object]) -> None:

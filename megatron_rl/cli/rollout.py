@@ -41,7 +41,7 @@ def rollout(
         architecture = read_architecture(settings.policy.config)
         world_size = settings.world_size or smallest_world_size(settings.layout)
         require_valid(settings, architecture, world_size)
-        tell_warnings(warnings(settings, architecture, world_size))
+        tell_warnings(warnings(settings, architecture, world_size, learns=False))
         console = make_console()
         try:
             asyncio.run(_fill(settings, architecture, steps, console))

@@ -5,11 +5,13 @@ from typing import Annotated
 import typer
 
 from megatron_rl.cli.arguments import Config, Overrides
-from megatron_rl.cli.screen import STOPPED, make_console, told_to_the_user
+from megatron_rl.cli.screen import STOPPED, make_console, tell_warnings, told_to_the_user
 from megatron_rl.cli.starting import start_ranks
 from megatron_rl.config.checks import require_valid
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.load import load_settings
+from megatron_rl.config.rules.case import Case
+from megatron_rl.config.rules.training import first_weights_are_drawn_by_chance
 from megatron_rl.train.ranks import launched, speaks
 from megatron_rl.train.upstream import quiet_upstream
 
@@ -40,9 +42,11 @@ def sft(
     """
     with told_to_the_user():
         settings = load_settings(config, overrides or [])
+        architecture, ranks = read_architecture(settings.policy.config), settings.world_size or 1
         if not launched():
-            require_valid(settings, read_architecture(settings.policy.config), settings.world_size or 1)
+            require_valid(settings, architecture, ranks)
         start_ranks(settings)
+        tell_warnings(first_weights_are_drawn_by_chance(Case(settings, architecture, ranks)))
         quiet_upstream()
         from megatron_rl.observe import observers_of
         from megatron_rl.train import supervised

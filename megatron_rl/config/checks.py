@@ -39,7 +39,13 @@ RULES: tuple[Rule, ...] = (
     *publish.RULES,
     *observe.RULES,
 )
-WARNINGS: tuple[Rule, ...] = (*precision.WARNINGS, *sampling.WARNINGS, *evaluation.WARNINGS, *learning.WARNINGS)
+WARNINGS: tuple[Rule, ...] = (
+    *training.WARNINGS,
+    *precision.WARNINGS,
+    *sampling.WARNINGS,
+    *evaluation.WARNINGS,
+    *learning.WARNINGS,
+)
 
 
 def check(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
@@ -63,7 +69,7 @@ def require_valid(settings: Settings, architecture: Architecture, world_size: in
         raise SettingsError("\n".join(problems))
 
 
-def warnings(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
-    """What is allowed and unwise, one line each, as `check` words it."""
+def warnings(settings: Settings, architecture: Architecture, world_size: int, *, learns: bool = True) -> list[str]:
+    """What is allowed and unwise, one line each, as `check` words it. Where nothing is learned first weights do not matter."""
     case = Case(settings, architecture, world_size)
-    return [line for rule in WARNINGS for line in rule(case)]
+    return [line for rule in WARNINGS if learns or rule not in training.WARNINGS for line in rule(case)]

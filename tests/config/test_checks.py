@@ -2,7 +2,9 @@
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -139,17 +141,36 @@ UNWISE: dict[str, tuple[str, str | None]] = {
     "steps forgotten before they are saved": ("bank.keep_steps=5 checkpoint.every=10", r"bank.keep_steps = 5 with .* 10 steps"),
     "ends ruled out": ("sampling.min_new_tokens=5", r"sampling.min_new_tokens = 5: .*reward the length instead"),
     "never read": (f"{SIMULATED} {OLD_OF_THE_ENGINE} objective.on_policy=true", None),
+    "a shape without weights": ("policy.init=random", r"policy.init = random: .* of model it takes the shape.* Set policy"),
 }
 
 
+@pytest.fixture
+def unwise(tmp_path: Path) -> Callable[[str], Settings]:
+    """Settings with a checkpoint to begin with, and these overrides."""
+    (tmp_path / "model.safetensors").touch()
+    given = ["policy.config=model", f"policy.init={tmp_path}", f"run.directory={tmp_path / 'run'}"]
+    return lambda overrides: load_settings(None, [*given, *overrides.split()])
+
+
 @pytest.mark.parametrize("overrides, said", UNWISE.values(), ids=UNWISE)
-def test_what_is_unwise_is_allowed_with_a_warning(overrides: str, said: str | None) -> None:
-    settings = load_settings(None, ["policy.config=model", *overrides.split()])
+def test_what_is_unwise_is_allowed_with_a_warning(overrides: str, said: str | None, unwise: Callable[[str], Settings]) -> None:
+    settings = unwise(overrides)
     require_valid(settings, DENSE, 1)
     told = warnings(settings, DENSE, 1)
     assert told == [] if said is None else len(told) == 1 and re.match(said, told[0])
 
 
-def test_every_warning_is_called_for_by_a_case() -> None:
-    cases = [load_settings(None, ["policy.config=model", *overrides.split()]) for overrides, said in UNWISE.values() if said]
+def test_every_warning_is_called_for_by_a_case(unwise: Callable[[str], Settings]) -> None:
+    cases = [unwise(overrides) for overrides, said in UNWISE.values() if said]
     assert all(any(list(rule(Case(settings, DENSE, 1))) for settings in cases) for rule in WARNINGS)
+
+
+def test_first_weights_matter_where_a_run_begins(unwise: Callable[[str], Settings]) -> None:
+    """Not where it goes on, nor where servers alone are sampled from."""
+    settings = unwise("policy.init=random")
+    assert warnings(settings, DENSE, 1, learns=False) == []
+    settings.run.directory.mkdir()
+    assert len(warnings(settings, DENSE, 1)) == 1
+    (settings.run.directory / "settings.yaml").touch()
+    assert warnings(settings, DENSE, 1) == []

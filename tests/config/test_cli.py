@@ -178,7 +178,8 @@ def test_wrong_settings_end_with_a_message_and_code_2(recipe: Path, arguments: l
 def test_what_is_unwise_is_said_once(recipe: Path) -> None:
     result = run("train", recipe, "precision.fp8=simulated", "objective.old_log_probs=rollout", "--dry-run")
     assert result.exit_code == 0, result.output
-    (line,) = result.stderr.splitlines()
+    weights, line = result.stderr.splitlines()
+    assert weights.startswith("warning: policy.init = random: ")
     assert line.startswith("warning: objective.old_log_probs = rollout with precision.fp8 = simulated: ")
 
 

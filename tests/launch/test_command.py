@@ -75,7 +75,7 @@ def test_what_cannot_be_launched_is_refused(
     (tmp_path / "two").write_text("run.seed=1\nrun.seed=2\n")
     result = launched(tmp_path, *words)
     assert result.exit_code == 2 and message in result.stderr, result.output
-    assert result.stdout == "" and all(line.startswith("error: ") for line in result.stderr.splitlines())
+    assert result.stdout == "" and all(line.startswith(("error: ", "warning: ")) for line in result.stderr.splitlines())
 
 
 def test_what_nodes_would_miss_is_missed_before_it_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +85,29 @@ def test_what_nodes_would_miss_is_missed_before_it_is_submitted(tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     result = launched(tmp_path, "launch.container=./no.sif", "launch.checkout=/no", "launch.venv=/none", "--slurm", "--submit")
     assert result.exit_code == 2
-    assert [line.split(":")[1] for line in result.stderr.splitlines()] == [
+    assert [line.split(":")[1] for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         " launch.checkout",
         " launch.venv",
         " launch.container",
     ]
     assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("words", [["--slurm"], ["--slurm", "--sweep", "two"], ["--slurm", "--submit"]], ids=" ".join)
+def test_a_run_without_weights_is_told_so_once(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of configs/ names a model's shape alone."""
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two").write_text("run.seed=1\nrun.seed=2\n")
+    given = [*words, f"launch.container={tmp_path}/sbatch"]
+    result = launched(tmp_path, *given)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: policy.init = random: ") and "Set policy.init to the folder of its checkpoint" in line
+    (tmp_path / "model.safetensors").touch()
+    assert launched(tmp_path, *given, f"policy.init={tmp_path}").stderr == ""
 
 
 SECRET_NAMES = ("HF_TOKEN", "WANDB_API_KEY", "wandb_apikey", "DB_PASSWORD", "HF_AUTH", "AWS_SECRET_ACCESS_KEY", "KEYS")

@@ -115,6 +115,14 @@ def test_bad_settings_end_before_ranks_start(recipe: Path, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_drawn_by_chance_are_told_of(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "kind").write_text("train\n")  # which ends it early
+    words = [f"policy.config={recipe.parent / 'toy'}", "policy.init=random", "layout.world_size=1", "layout.expert=1"]
+    result = CliRunner().invoke(app, ["sft", str(recipe), f"run.directory={tmp_path}", *words])
+    assert result.exit_code == 2
+    assert [line.split(" = ")[0] for line in result.stderr.splitlines()] == ["warning: policy.init", "error: run.directory"]
+
+
 def test_bad_data_ends_before_the_model_is_built(recipe: Path, tmp_path: Path) -> None:
     result = sft(recipe, f"run.directory={tmp_path}", 'supervised.response="{solution}"')
     assert result.returncode == 2 and result.stderr.count("error:") == 1

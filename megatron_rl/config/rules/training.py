@@ -20,6 +20,18 @@ def first_weights_are_there(case: Case) -> Iterator[str]:
         )
 
 
+def first_weights_are_drawn_by_chance(case: Case) -> Iterator[str]:
+    """A run that is there already goes on from its checkpoints, whatever it began with."""
+    policy, folder = case.settings.policy, case.settings.run.directory
+    if policy.init == "random" and not (folder / "settings.yaml").is_file():
+        yield problem(
+            "policy.init = random",
+            f"a run that begins with these settings begins with weights drawn by chance: of {policy.config} it takes the shape "
+            "alone, and nothing that the model has learned",
+            "Set policy.init to the folder of its checkpoint, a Hugging Face one or one of a run; leave it for a toy",
+        )
+
+
 def learning_rate_falls(case: Case) -> Iterator[str]:
     optimizer = case.settings.optimizer
     if optimizer.min_lr > optimizer.lr:
@@ -110,3 +122,4 @@ RULES: tuple[Rule, ...] = (
     recomputed_modules_exist,
     recomputed_layers_fit_a_chunk,
 )
+WARNINGS: tuple[Rule, ...] = (first_weights_are_drawn_by_chance,)
