@@ -73,11 +73,10 @@ def step_lines() -> Iterator[str]:
     """A row a pair, a column a recipe: seconds of a step, or what does not fit."""
     recipes = [path for path in sorted((CONFIGS / "recipes").glob("*.yaml")) if path not in set(machines_files())]
     pairs = [path for path in machines_files() if path.parent.name == "pairs"]
-    learning = [path for path in recipes if "\nsampling:" in path.read_text(encoding="utf-8")]
-    yield f"| {' | '.join(['pair', *(path.stem for path in learning)])} |"
-    yield f"| {' | '.join('---' for _ in ('pair', *learning))} |"
+    yield f"| {' | '.join(['pair', *(path.stem for path in recipes)])} |"
+    yield f"| {' | '.join('---' for _ in ('pair', *recipes))} |"
     for pair in pairs:
-        plans = [planned(pair, recipe) for recipe in learning]
+        plans = [planned(pair, recipe) for recipe in recipes]
         cells = [f"{plan.step_seconds:,.0f} s" if plan.fits else "does not fit" for plan in plans]
         yield f"| {' | '.join([pair.stem, *cells])} |"
 

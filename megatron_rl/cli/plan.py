@@ -13,7 +13,7 @@ from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
-from megatron_rl.plan.job import Job, workload_of
+from megatron_rl.plan.job import Job, Workload, workload_of
 from megatron_rl.plan.machine import Machine, find_machine, known_machines, read_machine
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.show import as_json, render_plan, render_suggestions, settings_text
@@ -42,6 +42,14 @@ ResponseTokens = Annotated[
         "--response-tokens", min=1, help="Mean tokens of a response; default: half of what is allowed.", show_default=False
     ),
 ]
+Sft = Annotated[
+    bool | None,
+    typer.Option(
+        "--sft/--train",
+        help="Plan `megatron-rl sft`, which has no servers, or `train`; default: as `supervised:` and `rewards:` are set.",
+        show_default=False,
+    ),
+]
 
 
 def plan(
@@ -50,6 +58,7 @@ def plan(
     gpus: Gpus = None,
     gpu: Gpu = None,
     machine: MachineFile = None,
+    sft: Sft = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Rank the layouts that fit by predicted time.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="With --suggest: so many.")] = 8,
     prompt_tokens: PromptTokens = None,
@@ -66,12 +75,16 @@ def plan(
     **GPUs**: `--gpus` and `--gpu`, else the section `cluster` of the settings. `--machine FILE` takes your own numbers, in a
     copy of one of the files in megatron_rl/plan/machines.
 
+    **Supervised fine-tuning** has no servers: files with a section `supervised` and without rewards are planned as `megatron-rl
+    sft` runs them; `--sft` and `--train` say it otherwise.
+
     **How long responses will be** nobody knows before; say it with `--response-tokens` when you do.
 
     **Examples**
 
     - `megatron-rl plan recipe.yaml --gpus 256 --gpu h100`
     - `megatron-rl plan recipe.yaml recompute.mode=full batch.max_tokens=16384`
+    - `megatron-rl plan configs/recipes/sft.yaml configs/pairs/qwen3-30b-a3b-4x8-h100.yaml`
     - `megatron-rl plan recipe.yaml --gpus 64 --gpu h200 --suggest` for layouts to write into the settings
     - `megatron-rl plan recipe.yaml --json | jq .step_seconds`
 
@@ -81,7 +94,8 @@ def plan(
         settings = load_settings(config, overrides or [])
         if gpus is not None:
             settings = with_ranks(settings, gpus)
-        job = _job(settings, _machine(settings, gpu, machine), prompt_tokens, response_tokens, guess=not suggest)
+        work = workload_of(settings, prompt_tokens, response_tokens, supervised=sft)
+        job = _job(settings, _machine(settings, gpu, machine), work, guess=not suggest)
         if suggest:
             _suggest(job, top, json)
             return
@@ -111,14 +125,14 @@ def _machine(settings: Settings, gpu: str | None, file: Path | None) -> Machine:
     return find_machine(name)
 
 
-def _job(settings: Settings, machine: Machine, prompt: int | None, response: int | None, *, guess: bool) -> Job:
+def _job(settings: Settings, machine: Machine, work: Workload, *, guess: bool) -> Job:
     architecture = read_architecture(settings.policy.config)
     ranks = settings.world_size
     if ranks is None:
         if not guess:
             raise SettingsError("it is not known how many GPUs to suggest a layout for. Give --gpus, or set cluster.nodes.")
         ranks = smallest_world_size(settings.layout)
-    return Job(settings, architecture, ranks, machine, workload_of(settings, prompt, response))
+    return Job(settings, architecture, ranks, machine, work)
 
 
 def _suggest(job: Job, most: int, json: bool) -> None:

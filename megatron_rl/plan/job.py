@@ -9,6 +9,7 @@ from megatron_rl.config.architecture import Architecture
 from megatron_rl.config.counting import Parameters, stage_parameters
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.layout_map import data_size, expert_data_size
+from megatron_rl.config.learning_settings import SupervisedSettings
 from megatron_rl.config.settings import LayoutSettings, Settings
 from megatron_rl.plan.machine import Machine
 
@@ -24,6 +25,7 @@ class Workload:
     prompt: int  # mean tokens
     response: int  # mean tokens
     longest: int  # tokens of the longest response
+    supervised: bool = False  # responses are given, as `megatron-rl sft` learns them, and nobody samples
 
     @property
     def sequences(self) -> int:
@@ -107,9 +109,19 @@ class Job:
         return self.settings.batch.max_tokens
 
     @property
+    def minibatches(self) -> int:
+        """Parts of a step's sequences, an optimizer step each. Supervised fine-tuning knows none."""
+        return 1 if self.workload.supervised else self.settings.batch.minibatches
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a training step."""
+        return 1 if self.workload.supervised else self.minibatches * self.settings.batch.epochs
+
+    @property
     def micro_batches(self) -> int:
         """Packs of a model replica in one optimizer step."""
-        tokens = self.workload.tokens / self.settings.batch.minibatches
+        tokens = self.workload.tokens / self.minibatches
         packs = math.ceil(tokens / (self.data * self.pack * self.machine.costs.packing))
         multiple = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
         return max(1, math.ceil(packs / multiple)) * multiple
@@ -131,13 +143,23 @@ def _held(architecture: Architecture, **sizes: Any) -> list[Parameters]:
     return stage_parameters(LayoutSettings(**sizes), architecture)
 
 
-def workload_of(settings: Settings, prompt: int | None, response: int | None) -> Workload:
-    """The work of a step. Not told: prompts of data.max_prompt_tokens or 512, responses half as long as they may become."""
-    sampling = settings.sampling
-    longest = sampling.max_new_tokens
-    if sampling.strategy in ("episodes", "turn_groups"):  # several turns in one sequence
-        longest *= sampling.max_turns
-    most = sampling.max_tokens or settings.batch.max_sequence or settings.batch.max_tokens
+def is_supervised(settings: Settings) -> bool:
+    """Are these settings for `megatron-rl sft`? They word the responses, and nobody is rewarded: neither does anything in a run
+    of reinforcement learning."""
+    rewarded = settings.rewards or settings.sampling.environment is not None
+    return settings.supervised != SupervisedSettings() and not rewarded
+
+
+def workload_of(settings: Settings, prompt: int | None, response: int | None, *, supervised: bool | None = None) -> Workload:
+    """The work of a step. Not told: prompts of data.max_prompt_tokens or 512, responses half as long as they may become, and
+    supervised fine-tuning where the settings are for that."""
+    supervised = is_supervised(settings) if supervised is None else supervised
+    sampling, most = settings.sampling, settings.batch.max_sequence or settings.batch.max_tokens
+    longest, raised = most, "batch.max_sequence"
+    if not supervised:
+        most, raised = sampling.max_tokens or most, "sampling.max_new_tokens and batch.max_sequence"
+        turns = sampling.max_turns if sampling.strategy in ("episodes", "turn_groups") else 1  # several turns in one sequence
+        longest = sampling.max_new_tokens * turns
     if prompt is not None and prompt >= most:
         raise SettingsError(f"--prompt-tokens {prompt}: a prompt and its response have {most:,} tokens at most. Give fewer.")
     prompt = prompt or min(settings.data.max_prompt_tokens or DEFAULT_PROMPT, max(1, most // 2))
@@ -145,6 +167,7 @@ def workload_of(settings: Settings, prompt: int | None, response: int | None) ->
     if response is not None and response > longest:
         raise SettingsError(
             f"--response-tokens {response}: responses have {longest:,} tokens at most, with prompts of {prompt:,}. Give fewer, "
-            "or raise sampling.max_new_tokens and batch.max_sequence."
+            f"or raise {raised}."
         )
-    return Workload(sampling.groups, sampling.group_size, prompt, response or math.ceil(longest / 2), longest)
+    groups, size = (settings.supervised.batch, 1) if supervised else (sampling.groups, sampling.group_size)
+    return Workload(groups, size, prompt, response or math.ceil(longest / 2), longest, supervised)

@@ -52,8 +52,8 @@ class Plan:
 
     @property
     def samples(self) -> bool:
-        """Does the run sample, or learn from a bank that is there?"""
-        return self.job.settings.bank.replay is None
+        """Does the run sample, or learn from a bank or from responses that are there?"""
+        return self.job.settings.bank.replay is None and not self.job.workload.supervised
 
     @cached_property
     def server(self) -> Server:
@@ -103,6 +103,8 @@ class Plan:
     def phases(self) -> dict[str, float]:
         """Seconds of a step's phases by the names that the trainer gives them."""
         times = {"old": self.training.old, "update": self.training.update}
+        if self.job.workload.supervised:
+            del times["old"]
         return {"rollout": self.rollout.seconds, **times, "publish": self.publish} if self.samples else times
 
     @property

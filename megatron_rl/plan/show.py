@@ -37,12 +37,19 @@ def _assumptions(plan: Plan) -> str:
         f"{job.architecture.family}, {whole / 1e9:.1f} B parameters ({active / 1e9:.1f} B active), on {job.world_size} x "
         f"{job.machine.name}",
         _product(sizes) + (f"; experts: {_product(experts)}" if job.architecture.is_moe else ""),
-        f"a step: {work.groups} x {work.group_size} responses; assumed {work.prompt:,} tokens of a prompt, {work.response:,} "
+        f"a step: {_responses(plan)}; assumed {work.prompt:,} tokens of a prompt, {work.response:,} "
         f"of a response on average, {work.longest:,} at most (--prompt-tokens, --response-tokens)",
         f"packs of {job.pack:,} tokens, {job.micro_batches} of them a replica and optimizer step; "
         f"recompute.mode = {job.settings.recompute.mode}",
     ]
     return "\n".join(lines)
+
+
+def _responses(plan: Plan) -> str:
+    work = plan.job.workload
+    if work.supervised:
+        return f"{work.sequences} given responses (megatron-rl sft: no servers)"
+    return f"{work.groups} x {work.group_size} responses"
 
 
 def _product(sizes: dict[str, int]) -> str:
@@ -83,10 +90,10 @@ def _servers(plan: Plan) -> str:
 
 def _times(plan: Plan) -> Table:
     table = _table("phase", "seconds", "share", "what it is", title="time of a step")
-    batch, training = plan.job.settings.batch, plan.training
+    training, updates = plan.training, plan.job.updates
     meaning = {
         "old": "scoring before the first update",
-        "update": f"{batch.minibatches * batch.epochs} optimizer steps of {_seconds(training.optimizer_step)} s, "
+        "update": f"{updates} optimizer step{'s' if updates > 1 else ''} of {_seconds(training.optimizer_step)} s, "
         f"{training.bubble:.0%} of their packs' time waiting in the pipeline",
     }
     if plan.samples:

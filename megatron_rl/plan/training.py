@@ -37,7 +37,7 @@ class TrainingTime:
 
 def training_time(job: Job) -> TrainingTime:
     """Of all optimizer steps of a training step, and of scoring its sequences."""
-    layout, batch = job.layout, job.settings.batch
+    layout = job.layout
     stages = _stages(job)
     slowest = max(stages, key=lambda stage: stage.forward + stage.backward)
     forward, both = max(stage.forward for stage in stages), slowest.forward + slowest.backward
@@ -47,10 +47,10 @@ def training_time(job: Job) -> TrainingTime:
     learning = (packs + waits) * both * filled
     reduction, optimizer = _reduction(job, both * filled), _optimizer_seconds(job)
     passes = _scoring_passes(job)
-    old = passes * batch.minibatches * (packs + layout.pipeline - 1) * forward * filled + _reference_swaps(job)
+    old = passes * job.minibatches * (packs + layout.pipeline - 1) * forward * filled + _reference_swaps(job)
     return TrainingTime(
         old=old,
-        update=batch.minibatches * batch.epochs * (learning + reduction + optimizer),
+        update=job.updates * (learning + reduction + optimizer),
         micro_batches=packs,
         bubble=waits / (packs + waits),
         packs=learning,
@@ -62,7 +62,7 @@ def training_time(job: Job) -> TrainingTime:
 
 def fill(job: Job) -> float:
     """Tokens of the mean pack over those of a full one: packs are levelled, so that all take as long."""
-    tokens = job.workload.tokens / job.settings.batch.minibatches
+    tokens = job.workload.tokens / job.minibatches
     return tokens / (job.data * job.micro_batches * job.pack)
 
 
@@ -144,13 +144,15 @@ def _optimizer_seconds(job: Job) -> float:
 def _scoring_passes(job: Job) -> int:
     """Forward passes before the first update: for `old`, unless it is not asked for, and for a reference."""
     objective = job.settings.objective
+    if job.workload.supervised:
+        return 0
     old = not objective.on_policy and objective.old_log_probs == "recompute"
     return old + (objective.reference != "none")
 
 
 def _reference_swaps(job: Job) -> float:
     """A reference waits in host memory and changes places with the policy twice a minibatch, there and back."""
-    if job.settings.objective.reference == "none":
+    if job.workload.supervised or job.settings.objective.reference == "none":
         return 0.0
     weights = max(parameters.total for parameters in job.stages) * job.bytes
-    return 4 * weights / (job.machine.host_gb_s * 1e9) * job.settings.batch.minibatches
+    return 4 * weights / (job.machine.host_gb_s * 1e9) * job.minibatches

@@ -47,6 +47,34 @@ def test_a_plan_in_numbers(recipe: Path) -> None:
         assert stage["total"] == kinds and stage["weights"] == 2 * kinds and stage["gradients"] == 4 * kinds
 
 
+SUPERVISED = ("supervised.batch=48", "batch.minibatches=4", "batch.epochs=2", "objective.reference=initial")
+
+
+def test_supervised_fine_tuning_is_planned_without_servers(recipe: Path) -> None:
+    """One update of given responses, as long as packs allow; what reinforcement learning alone reads changes nothing."""
+    values = json.loads(run(recipe, *SUPERVISED, "--json").stdout)
+    assert list(values["phases"]) == ["update"] and "servers" not in values and values["problems"] == []
+    work = {"groups": 48, "group_size": 1, "prompt": 512, "response": 3840, "longest": 7680, "supervised": True}
+    assert values["workload"] == work | {"tokens": 48 * (512 + 3840)}
+    plain = json.loads(run(recipe, "supervised.batch=48", "--json").stdout)
+    assert plain["phases"] == values["phases"] and plain["optimizer_step"] == values["optimizer_step"]
+    assert values["step_seconds"] == values["phases"]["update"]
+    said = run(recipe, *SUPERVISED)
+    assert said.exit_code == 0 and "48 given responses (megatron-rl sft: no servers)" in said.stdout
+    assert "1 optimizer step of" in said.stdout and not {"servers:", "rollout", "publish"} & set(said.stdout.split())
+
+
+def test_which_of_the_two_is_planned_can_be_said(recipe: Path) -> None:
+    """Files for both have rewards, and files for sft may leave `supervised` as it is."""
+
+    def phases(*arguments: str) -> list[str]:
+        return list(json.loads(run(recipe, *arguments, "--json").stdout)["phases"])
+
+    rewarded = ("supervised.batch=48", "rewards=[{name: numeric}]")
+    assert phases() == phases(*rewarded) == phases("supervised.batch=48", "--train") == ["rollout", "old", "update", "publish"]
+    assert phases("--sft") == phases(*rewarded, "--sft") == ["update"]
+
+
 def test_gpus_come_from_the_command_before_the_settings(recipe: Path) -> None:
     values = json.loads(run(recipe, "layout.expert=4", "--gpus", "8", "--gpu", "b200", "--json").stdout)
     assert values["ranks"] == 8 and values["machine"].startswith("B200")
@@ -91,6 +119,7 @@ def test_nothing_fits_at_all(recipe: Path) -> None:
         (["cluster.server_nodes=1", "sglang.tp_size=16"], "a server takes 16 GPUs, more than there are for servers."),
         (["--prompt-tokens", "8192"], "a prompt and its response have 8,192 tokens at most"),
         (["--response-tokens", "9000"], "--response-tokens 9000: responses have "),
+        (["--sft", "--response-tokens", "9000"], "Give fewer, or raise batch.max_sequence."),
         (["--suggest", "cluster.nodes=null"], "it is not known how many GPUs to suggest a layout for"),
     ],
 )

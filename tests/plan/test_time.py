@@ -17,7 +17,7 @@ from megatron_rl.plan.machine import find_machine
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.products import Cut, Product, layer_products, pair_operations
 from tests.config.models import DENSE, LATENT, MODELS, MOE
-from tests.plan.jobs import job
+from tests.plan.jobs import WORK, job
 
 WHOLE = Cut(tokens=1, local=1, routed=2, tensor=1, expert=1, expert_tensor=1)
 
@@ -146,6 +146,8 @@ def test_phases_that_are_not_asked_for_take_no_time() -> None:
     plain, referred = (Plan(job(MOE, objective={"reference": which})).training.old for which in ("none", "initial"))
     assert referred > 2 * plain
     assert set(Plan(job(MOE, bank={"replay": "bank"})).phases) == {"old", "update"}
+    given = Plan(job(MOE, objective={"reference": "initial"}, work=replace(WORK, supervised=True)))
+    assert given.training.old == 0 and set(given.phases) == {"update"}  # suggestions are ranked by both, shown or not
 
 
 def test_sampling_ahead_hides_behind_learning() -> None:
