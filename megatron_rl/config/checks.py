@@ -19,6 +19,7 @@ from megatron_rl.config.rules import (
     publish,
     sampling,
     servers,
+    serving,
     training,
 )
 from megatron_rl.config.rules import layout as layout_rules
@@ -36,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     *evaluation.RULES,
     *learning.RULES,
     *servers.RULES,
+    *serving.RULES,
     *publish.RULES,
     *observe.RULES,
 )

@@ -357,6 +357,19 @@ WRONG: dict[str, tuple[str, int, str, str, str]] = {
         "dense", 1, "servers.placement=colocated sglang.pipeline_parallel_size=2",
         "sglang.pp_size = 2 with servers.placement = colocated", "Set sglang.pp_size=1",
     ),
+    "servers on three GPUs": (
+        "dense", 1, "sglang.tp_size=3",
+        "sglang.tp_size = 3: SGLang cuts a model into equal parts, and its 8 attention heads do not divide by 3, its",
+        "Set sglang.tp_size to 1, 2, 4 or 8.",
+    ),
+    "copies of attention on no whole GPUs": (
+        "moe", 1, "sglang.tp_size=4 sglang.enable_dp_attention=true sglang.dp_size=3",
+        "sglang.tp_size = 4 with sglang.dp_size = 3: each copy of attention", "multiple of 3",
+    ),
+    "experts on groups of three": (
+        "moe", 1, "sglang.tp_size=4 sglang.expert-parallel-size=3",
+        "sglang.ep_size = 3 with sglang.tp_size = 4: SGLang deals the model's 16 experts", "Set sglang.ep_size to 1, 2 or 4",
+    ),
     # publish
     "files of a broadcast": (
         "dense", 1, "publish.keep_files=true publish.transport=broadcast",
