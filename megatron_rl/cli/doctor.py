@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megatron_rl.cli.arguments import Overrides
 from megatron_rl.cli.screen import make_console, told_to_the_user
+from megatron_rl.config.rules.case import counted
 
 if TYPE_CHECKING:
     from megatron_rl.doctor.examine import Examined
@@ -117,4 +118,5 @@ def _show(console: Console, findings: "Sequence[Finding]") -> None:
             if finding.fix:
                 console.print(Padding(Text(f"→ {finding.fix}"), (0, 0, 0, 11), expand=False))
     counts = {level: sum(finding.level == level for finding in findings) for level in MARKS}
-    console.print(Text(f"\n{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} things in order"))
+    told = (counted(counts["error"], "error"), counted(counts["warning"], "warning"), counted(counts["ok"], "thing"))
+    console.print(Text(f"\n{', '.join(told)} in order"))

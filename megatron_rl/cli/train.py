@@ -14,6 +14,7 @@ from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
 from megatron_rl.config.load import load_settings, names_settings_file
+from megatron_rl.config.rules.case import counted
 from megatron_rl.config.settings import ObjectiveSettings, Settings
 from megatron_rl.config.show import render_layout, render_settings
 from megatron_rl.train.folder import SETTINGS, require_fresh, settings_file
@@ -162,6 +163,7 @@ def _show_run(settings: Settings, all_ranks: bool) -> None:
     require_buildable(settings)
     tell_warnings(warnings(settings, architecture, world_size))
     if settings.world_size is None:
-        console.print(f"\nlayout.world_size is not set: shown for {world_size} ranks, the fewest that hold this layout")
+        least = counted(world_size, "rank")
+        console.print(f"\nlayout.world_size is not set: shown for {least}, the fewest that hold this layout")
     console.print()
     console.print(render_layout(settings, architecture, world_size, all_ranks=all_ranks))

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.names import allowed_values, nearest_name, open_name, open_names, section_names, setting_fields
 from megatron_rl.config.settings import Settings
-from megatron_rl.config.yaml_values import Value, read_override, read_yaml, write_yaml
+from megatron_rl.config.yaml_values import COMMAND_LINE, Value, read_override, read_yaml, write_yaml
 
 SUFFIXES = (".yaml", ".yml")  # of settings files
 # Paths that are read: looked for beside the file that names them.
@@ -162,7 +162,17 @@ def _wrong_values(error: ValidationError, known: dict[str, Value]) -> Iterator[s
     names = dict.fromkeys(name for location in wrong for name in known if f"{location}.".startswith(f"{name}."))
     for name in names:
         value, field = known[name], setting_fields()[name]
-        yield f"{value.where}: {name} = {_text(value.value)}: expected {allowed_values(field)}."
+        told = f"{value.where}: {name} = {_text(value.value)}: expected {allowed_values(field)}."
+        yield told + _in_quotes(name, value) if str in (field.annotation, *get_args(field.annotation)) else told
+
+
+def _in_quotes(name: str, value: Value) -> str:
+    """YAML takes 90 for a number and true for a yes: how to write them where text is meant. The shell takes quotes away."""
+    if isinstance(value.value, list | dict | None):
+        return ""
+    text = f'"{_text(value.value)}"'
+    on_command_line = f"'{name}={text}'"
+    return f" In quotes it is text: {on_command_line if value.where == COMMAND_LINE else text}."
 
 
 def _with_found_paths(name: str, value: Value) -> Any:

@@ -49,14 +49,16 @@ for _type, _pattern, _first in SCALARS:
     _Dumper.add_implicit_resolver(TAG + _type, _pattern, _first)
 
 
-def read_yaml(path: Path) -> dict[str, Value]:
-    """All values of a file by dotted name. A name given twice, a broken file or a top level that is no mapping is refused."""
+def read_yaml(path: Path, give: str = "Give the path of a YAML settings file.") -> dict[str, Value]:
+    """All values of a file by dotted name. A name given twice, a broken file or a top level that is no mapping is refused.
+
+    `give` tells what to do about a file that cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}. Give the path of a YAML settings file.") from error
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}. {give}") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: is not UTF-8 text ({error.reason}). Give the path of a YAML settings file.") from error
+        raise SettingsError(f"{path}: is not UTF-8 text ({error.reason}). {give}") from error
     return _parse(text, "", str(path), path.parent)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from megatron_rl.config.rules.case import counted
 from megatron_rl.doctor import nvidia
 from megatron_rl.doctor.apart import run_apart
 from megatron_rl.doctor.finding import Finding, error, warning, well
@@ -101,7 +102,7 @@ def _torch_and_driver(torch: Mapping[str, Any], gpus: list[nvidia.Gpu], visit: V
     hidden = visit.environment.get("CUDA_VISIBLE_DEVICES")
     if torch["gpus"] == 0 and hidden != "":
         yield error(
-            f"torch sees none of {len(gpus)} GPUs",
+            f"torch sees none of {counted(len(gpus), 'GPU')}",
             where,
             "Look at the driver (nvidia-smi), at CUDA_VISIBLE_DEVICES, and whether the container was started with the GPUs.",
         )

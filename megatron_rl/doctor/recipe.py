@@ -6,6 +6,7 @@ from megatron_rl.config.checks import check, warnings
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.layout_map import smallest_world_size
+from megatron_rl.config.rules.case import counted
 from megatron_rl.doctor.finding import Finding, error, warning, well
 from megatron_rl.doctor.visit import Visit
 
@@ -14,6 +15,9 @@ FIX = "Correct it; megatron-rl train CONFIG --dry-run shows the settings and who
 
 def check_settings(visit: Visit) -> Iterator[Finding]:
     """As `train --dry-run` does, each problem a finding."""
+    if visit.config is not None and not visit.config.exists():
+        yield error(f"there is no file {visit.config}", "", "Name the settings file of the run that is meant, or none.")
+        return
     if visit.problem is not None:
         yield from (error(line, visit.named, FIX) for line in visit.problem.splitlines())
         return
@@ -31,4 +35,5 @@ def check_settings(visit: Visit) -> Iterator[Finding]:
     yield from (error(line, visit.named, FIX) for line in problems)
     yield from (warning(line, visit.named, FIX) for line in warnings(settings, architecture, size))
     if not problems:
-        yield well(f"the settings fit a {architecture.family} of {architecture.layers} layers on {size} ranks", visit.named)
+        model = f"a {architecture.family} of {counted(architecture.layers, 'layer')}"
+        yield well(f"the settings fit {model} on {counted(size, 'rank')}", visit.named)

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.config.rules.case import counted
 from megatron_rl.config.settings import Settings
 from megatron_rl.doctor.finding import Finding, error, warning, well
 from megatron_rl.doctor.visit import Visit
@@ -43,7 +44,7 @@ def check_servers(visit: Visit) -> Iterator[Finding]:
             urls += [url for url in named if url not in urls]
         own = own_servers(settings, key or NOT_MADE)  # making one is the run's
         if own:
-            yield well(f"the run starts {len(own)} servers of {own[0].model} itself", visit.named)
+            yield well(f"the run starts {counted(len(own), 'server')} of {own[0].model} itself", visit.named)
     elif not urls:
         yield well("no server is named", "")
     yield from asyncio.run(_ask_all(visit, urls, key))
@@ -53,7 +54,8 @@ def _nobody(settings: Settings) -> Finding:
     """The file of URLs is empty, or not there yet."""
     place, nodes = str(settings.servers.urls_file), settings.cluster.server_nodes
     if nodes:
-        return well(f"no server yet: they are started with the run, on {nodes} machines (cluster.server_nodes)", place)
+        where = f"on {counted(nodes, 'machine')} (cluster.server_nodes)"
+        return well(f"no server yet: they are started with the run, {where}", place)
     return error("the file of URLs names no server", place, START)
 
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_rl.config.rules.case import counted
 from megatron_rl.doctor.finding import Finding, error, well
 from megatron_rl.policy.layout import Layout
 
@@ -58,7 +59,7 @@ def _judged(seen: list[tuple[str, str]], folder: Path) -> Iterator[Finding]:
     if not blind and not lawless:
         hosts = len({host for host, _ in seen})
         yield well(
-            f"{len(seen)} ranks on {hosts} machine{'s' if hosts > 1 else ''} see one folder and its locks",
+            f"{counted(len(seen), 'rank')} on {counted(hosts, 'machine')} see one folder and its locks",
             str(folder),
             machines=hosts,
         )

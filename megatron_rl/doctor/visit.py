@@ -48,6 +48,7 @@ class Visit:
     settings: Settings | None = None
     problem: str | None = None  # why there are no settings although some were named
     named: str = "no settings"  # what was named
+    config: Path | None = None  # the file that was
     urls: tuple[str, ...] = ()  # servers to ask besides the settings'
     place: Place = Place()
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -65,7 +66,7 @@ class Visit:
                 settings = load_settings(config, overrides)
             except UserError as told:
                 problem = str(told)
-        return cls(settings, problem, named, tuple(urls), Place.of(environment), environment, seconds, step)
+        return cls(settings, problem, named, config, tuple(urls), Place.of(environment), environment, seconds, step)
 
     @property
     def launched(self) -> bool:

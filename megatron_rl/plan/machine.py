@@ -120,7 +120,7 @@ def find_machine(name: str) -> Machine:
 
 def read_machine(path: Path) -> Machine:
     """The machine that a file describes. Everything wrong with it is said at once, each with its place."""
-    values = read_yaml(path)
+    values = read_yaml(path, f"Give the path of a machine file, such as a copy of one in {MACHINES}.")
     fields = dict(_fields(Machine, ""))
     problems = [_unknown(name, value, fields) for name, value in values.items() if name not in fields]
     problems += [

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megatron_rl.config.counting import active_parameters, model_parameters
 from megatron_rl.config.layout_map import stage_layers
+from megatron_rl.config.rules.case import counted
 from megatron_rl.config.show import collapse, shown
 from megatron_rl.plan.machine import GIB
 from megatron_rl.plan.plan import Plan, gib
@@ -93,7 +94,7 @@ def _times(plan: Plan) -> Table:
     training, updates = plan.training, plan.job.updates
     meaning = {
         "old": "scoring before the first update",
-        "update": f"{updates} optimizer step{'s' if updates > 1 else ''} of {_seconds(training.optimizer_step)} s, "
+        "update": f"{counted(updates, 'optimizer step')} of {_seconds(training.optimizer_step)} s, "
         f"{training.bubble:.0%} of their packs' time waiting in the pipeline",
     }
     if plan.samples:

@@ -258,6 +258,10 @@ WRONG_FILES = {
         "optimizer:\n  beta1: 1\n",
         r"top.yaml:2: optimizer.beta1 = 1: expected a number of at least 0 and below 1\.",
     ),
+    "number for text": (
+        "launch: {time: 90}\n",
+        r'top.yaml:1: launch.time = 90: expected text, or null. In quotes it is text: "90"\.$',
+    ),
     "infinite": ("optimizer: {lr: 1e999}\n", r"top.yaml:1: 1e999 is neither .* nor a number within range"),
     "null where something must be": ("run: {steps: }\n", r"run.steps = null: expected a whole number of at least 1\."),
     "syntax": ("layout:\n  tensor: [1\nrun: {}\n", r"top.yaml:3: not valid YAML"),
@@ -292,6 +296,11 @@ WRONG_OVERRIDES = {
         r"command line: unknown setting optimizer.learning_rate. Did you mean optimizer.lr\?",
     ),
     "wrong value": ("layout.tensor=two", r'command line: layout.tensor = "two": expected a whole number of at least 1\.'),
+    "number for text": (
+        "launch.time=90",
+        r"""launch.time = 90: expected text, or null. In quotes it is text: 'launch.time="90"'\.$""",
+    ),
+    "list for text": ("launch.time=[1]", r"launch.time = \[1\]: expected text, or null\.$"),
     "syntax": ("layout.pipeline_layers=[7,8", r"command line: layout.pipeline_layers=\[7,8: not valid YAML"),
     "include": ("include=base.yaml", r"command line: unknown setting include"),
 }

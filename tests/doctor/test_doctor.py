@@ -106,7 +106,14 @@ def test_for_people() -> None:
     result = CliRunner().invoke(app, ["doctor", "--only", "settings", "policy.confg=x"])
     assert result.exit_code == 1
     assert "unknown setting policy.confg" in result.output and "→ " in result.output
-    assert "1 errors, 0 warnings" in result.output or "2 errors, 0 warnings" in result.output
+    assert "\n1 error, 0 warnings, 0 things in order" in result.output or "\n2 errors, 0 warnings, 0 things" in result.output
+
+
+def test_a_settings_file_that_is_not_there() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--only", "settings", "nowhere.yaml"])
+    assert result.exit_code == 1
+    assert "there is no file nowhere.yaml" in result.output and "→ Name the settings file of the run" in result.output
+    assert "\n1 error, 0 warnings, 0 things in order" in result.output
 
 
 def test_the_page_tells_of_every_check_and_every_field() -> None:

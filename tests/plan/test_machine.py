@@ -55,5 +55,5 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(SettingsError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: cannot be read: .*\. Give the path of a machine file"):
         read_machine(Path("nowhere.yaml"))

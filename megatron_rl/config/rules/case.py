@@ -40,3 +40,8 @@ def divisors(number: int) -> str:
 def either(options: Iterable[object]) -> str:
     *others, last = map(str, options)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def counted(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

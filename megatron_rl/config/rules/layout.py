@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_rl.config.layout_map import padded_vocab, smallest_world_size
-from megatron_rl.config.rules.case import Case, Rule, divisors, problem
+from megatron_rl.config.rules.case import Case, Rule, counted, divisors, problem
 
 
 def declared_world_size(case: Case) -> Iterator[str]:
@@ -18,13 +18,13 @@ def declared_world_size(case: Case) -> Iterator[str]:
     elif declared is not None and declared != case.world_size:
         yield problem(
             f"layout.world_size = {declared}",
-            f"the launcher started {case.world_size} ranks",
+            f"the launcher started {counted(case.world_size, 'rank')}",
             f"Start {declared} ranks, or remove layout.world_size to take the launcher's number",
         )
     elif cluster.ranks is not None and cluster.ranks != case.world_size:
         yield problem(
             machines,
-            f"the launcher started {case.world_size} ranks",
+            f"the launcher started {counted(case.world_size, 'rank')}",
             f"Start {cluster.ranks} ranks, or set cluster to the machines that there are",
         )
 
