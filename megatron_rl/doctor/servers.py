@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +28,7 @@ SILENCE = 60.0  # seconds without a token; one that is paused or asleep brings n
 def check_servers(visit: Visit) -> Iterator[Finding]:
     """A real response of each, unless steps are left out. Own servers do not run yet: what they would be started with."""
     urls, key = list(visit.urls), None
-    settings = visit.settings
+    settings, named = visit.settings, list[str]()
     if settings is not None:
         key = given_key(settings)
         urls += [url for url in settings.servers.urls if url not in urls]
@@ -36,7 +36,6 @@ def check_servers(visit: Visit) -> Iterator[Finding]:
             try:
                 named = _named(settings.servers.urls_file)
             except (OSError, ValueError) as fault:  # also what is no text
-                named = []
                 yield error(f"the file of URLs cannot be read: {fault}", str(settings.servers.urls_file), START)
             else:
                 if not named:
@@ -47,7 +46,13 @@ def check_servers(visit: Visit) -> Iterator[Finding]:
             yield well(f"the run starts {counted(len(own), 'server')} of {own[0].model} itself", visit.named)
     elif not urls:
         yield well("no server is named", "")
-    yield from asyncio.run(_ask_all(visit, urls, key))
+    yield from asyncio.run(_ask_all(visit, {url: _fix(settings) if url in named else START for url in urls}, key))
+
+
+def _fix(settings: Settings | None) -> str:
+    """Of a server that the file of URLs names, and that does not serve."""
+    file = settings and settings.servers.urls_file
+    return f"If the job that wrote it into {file} is gone (killed with -9 it takes nothing out), remove the line. {START}"
 
 
 def _nobody(settings: Settings) -> Finding:
@@ -59,11 +64,12 @@ def _nobody(settings: Settings) -> Finding:
     return error("the file of URLs names no server", place, START)
 
 
-async def _ask_all(visit: Visit, urls: Sequence[str], key: str | None) -> list[Finding]:
-    return list(await asyncio.gather(*(_ask(visit, url, key) for url in urls)))
+async def _ask_all(visit: Visit, urls: Mapping[str, str], key: str | None) -> list[Finding]:
+    """`urls` with what to do about one that does not serve."""
+    return list(await asyncio.gather(*(_ask(visit, url, fix, key) for url, fix in urls.items())))
 
 
-async def _ask(visit: Visit, url: str, key: str | None) -> Finding:
+async def _ask(visit: Visit, url: str, fix: str, key: str | None) -> Finding:
     patience = Patience(answer=ANSWER, silence=min(SILENCE, visit.seconds), update=ANSWER)
     try:
         async with Client(url, 1, key, patience) as stranger:
@@ -71,7 +77,7 @@ async def _ask(visit: Visit, url: str, key: str | None) -> Finding:
         async with Client(url, size, key, patience) as client:
             return await _look_at(visit, client, family or "")
     except (UserError, ServerError) as fault:
-        return error(f"a server does not serve this run: {fault}", url, START)
+        return error(f"a server does not serve this run: {fault}", url, fix)
 
 
 async def _look_at(visit: Visit, client: Client, family: str) -> Finding:

@@ -10,8 +10,9 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity
-from megatron_rl.rollout.errors import Refused, ServerError
+from megatron_rl.rollout.errors import Refused, ServerError, TimedOut, Unreachable
 from megatron_rl.rollout.health import Asleep, Dead, Health, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect
+from megatron_rl.rollout.keys import beside_urls
 from megatron_rl.rollout.replies import ServerInfo
 from megatron_rl.rollout.server import start_again
 from megatron_rl.rollout.suitability import Demands, UnsuitableServer, inspect
@@ -102,7 +103,7 @@ class Caretaker:
             await self._admit()
         except (UserError, ServerError) as error:
             own = worker.server is not None and not worker.server.alive
-            self._move(Starting, Dead(str(error)) if own else Quarantined(str(error)))
+            self._move(Starting, Dead(str(error)) if own else Quarantined(self._told(error)))
 
     async def _probe(self) -> None:
         """A look after a while, or at once at a suspect."""
@@ -134,7 +135,7 @@ class Caretaker:
                 await self._admit()
                 return
         except (UserError, ServerError) as error:
-            reason = str(error)
+            reason = self._told(error)
         if worker.server is not None and worker.rests > worker.forgiven:
             await asyncio.to_thread(worker.server.kill)
             self._move(Quarantined, Dead(f"killed, since it did not recover: {reason}"))
@@ -209,7 +210,21 @@ class Caretaker:
         try:
             return None if await self._worker.client.healthy() else "it says that it is not well"
         except ServerError as error:
-            return str(error)
+            return self._told(error)
+
+    def _told(self, error: Exception) -> str:
+        """What is wrong, with where we have its URL from if nobody answers there, and where its key if that is refused."""
+        cause = error if isinstance(error, ServerError) else error.__cause__
+        file, own = self._worker.file, self._settings
+        if file is not None and isinstance(cause, Unreachable | TimedOut):
+            return (
+                f"{cause}. Its URL is in {file}: the job that wrote it there may be gone, and one that was killed with -9 "
+                "takes nothing out. Remove the line then"
+            )
+        key = own.api_key_file or (own.urls_file and beside_urls(own.urls_file))
+        if key is not None and isinstance(cause, Refused) and cause.is_for_the_key:
+            return f"{cause}. Its key was looked for in {key}, {'and is another' if key.exists() else 'which is not there yet'}"
+        return str(error)
 
     def _notice_death(self) -> bool:
         worker = self._worker

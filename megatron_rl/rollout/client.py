@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rl.rollout import replies
-from megatron_rl.rollout.connection import Connection, Patience
+from megatron_rl.rollout.connection import Connection, Key, Patience
 from megatron_rl.rollout.errors import Refused, TimedOut
 from megatron_rl.rollout.replies import Generation, ModelInfo, Piece, RoutingShape, ServerInfo, StreamReader
 from megatron_rl.rollout.sleep import Memory, Sleep
@@ -71,7 +71,7 @@ class Sampling:
 class Client:
     """Speaks to the server at `url`. Use it as a context, or `close` it."""
 
-    def __init__(self, url: str, vocabulary: int, api_key: str | None = None, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, vocabulary: int, api_key: Key = None, patience: Patience | None = None) -> None:
         self.vocabulary = vocabulary
         self.patience = patience or Patience()
         self._connection = Connection(url, api_key, self.patience)

@@ -7,15 +7,18 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 
-from megatron_rl.rollout.errors import BadReply, Refused, TimedOut, Unreachable
+from megatron_rl.config.errors import UserError
+from megatron_rl.rollout.errors import BadReply, NoKey, Refused, TimedOut, Unreachable
 from megatron_rl.rollout.replies import Untrusted
+
+type Key = str | Callable[[], str | None] | None  # a server's API key, or what finds it
 
 DATA, DONE = b"data:", b"[DONE]"  # of server-sent events
 SHOWN = 200  # characters of a reply that an error shows
@@ -33,14 +36,19 @@ class Patience:
 
 
 class Connection:
-    """All requests to one server; as many at a time as there are callers."""
+    """All requests to one server; as many at a time as there are callers.
 
-    def __init__(self, url: str, api_key: str | None, patience: Patience) -> None:
+    A key that is to be found is looked for with the first request, and with the next after one that was refused for its sake:
+    whoever starts servers may make it later than a run begins.
+    """
+
+    def __init__(self, url: str, api_key: Key, patience: Patience) -> None:
         self.url = url.rstrip("/")
         self.patience = patience
         self._held = False
         self._silences: set[asyncio.Timeout] = set()  # of the streams that run
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
+        self._headers: dict[str, str] | None = None  # with the key, once it is found
         self._opened: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
@@ -56,12 +64,21 @@ class Connection:
         if reuse not in self._opened:
             idle = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS) if reuse else None
             self._opened[reuse] = aiohttp.ClientSession(
-                headers=self._headers,
                 connector=idle or aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,  # a proxy of the environment would sit between us and the next machine, and cut streams short
             )
         return self._opened[reuse]
+
+    def _authorized(self, endpoint: str) -> dict[str, str]:
+        """The headers that show the key."""
+        if self._headers is None:
+            try:
+                key = self._api_key() if callable(self._api_key) else self._api_key
+            except UserError as error:
+                raise NoKey(self.url, endpoint, str(error)) from error
+            self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self._headers
 
     def _timeout(self, seconds: float | None) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=seconds, sock_connect=self.patience.connect)
@@ -147,9 +164,11 @@ class Connection:
         reuse: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The beginning of a response. Left before its end is read, the connection is closed."""
-        http, url = self._http(reuse=reuse), f"{self.url}{endpoint}"
+        http, url, headers = self._http(reuse=reuse), f"{self.url}{endpoint}", self._authorized(endpoint)
         with self._mapping(endpoint):
-            async with http.request(method, url, json=body, timeout=timeout, allow_redirects=False) as response:
+            async with http.request(
+                method, url, json=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 yield response
 
     @contextlib.asynccontextmanager
@@ -203,6 +222,7 @@ class Connection:
                 error = told.get("error", told.get("message", told.get("detail", words)))
                 words = str(error.get("message", error) if isinstance(error, dict) else error)
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            self._headers = None
             words = f"{words}. Give the server's API key (servers.api_key_file)"
         raise Refused(self.url, endpoint, words[:SHOWN] or "refused without a word", status)
 

@@ -25,6 +25,10 @@ class BadReply(ServerError):
     """A reply that cannot be trusted: no JSON, cut short, fields missing, or numbers that contradict each other."""
 
 
+class NoKey(ServerError):
+    """The key that the server is to be asked with cannot be read, so it was not asked."""
+
+
 class Unsettled(ServerError):
     """Somebody died while the server gave its memory back or took it: what it has now is not known."""
 
@@ -35,6 +39,11 @@ class Refused(ServerError):
     def __init__(self, server: str, endpoint: str, what: str, status: int) -> None:
         super().__init__(server, endpoint, f"{what} (HTTP {status})")
         self.status = status
+
+    @property
+    def is_for_the_key(self) -> bool:
+        """Whether it asks for another API key, or for one at all."""
+        return self.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
     @property
     def is_overload(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.caretaker import Caretaker, Load, RouterCaretaker, Weights, flush
 from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.connection import Patience
+from megatron_rl.rollout.connection import Key, Patience
 from megatron_rl.rollout.dispatch import Capacity, Desk
 from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.health import Asleep, Dead, Healthy, Left, Outdated, Paused, Quarantined, Starting, Suspect, name
@@ -48,7 +48,7 @@ class Fleet:
     """The servers, each with its caretaker. `changed` is called whenever the health of one has changed."""
 
     def __init__(
-        self, settings: ServerSettings, demands: Demands, api_key: str | None, version: int, changed: Callable[[], None]
+        self, settings: ServerSettings, demands: Demands, api_key: Key, version: int, changed: Callable[[], None]
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self.router: Worker | None = None  # generation goes through it, if there is one
@@ -85,6 +85,8 @@ class Fleet:
 
     async def begin(self, own: Sequence[ServerOptions] = ()) -> None:
         """Start servers of our own, meet the others, and wait until they work. One that cannot is UnsuitableServer."""
+        if callable(self._api_key):
+            self._api_key()  # what cannot be read is told before anybody waits; what is not there yet is None
         try:
             for options, port in zip(own, free_ports(len(own)), strict=True):
                 server = Server.start(options, port)
@@ -102,10 +104,10 @@ class Fleet:
             await self.close()
             raise
 
-    def join(self, url: str) -> Worker:
-        """A server that somebody else runs. It gets work once it has been found well and suitable."""
+    def join(self, url: str, file: Path | None = None) -> Worker:
+        """A server that somebody else runs. It gets work once it has been found well and suitable. `file` names it."""
         url = url.rstrip("/")
-        return self.workers.get(url) or self._add(url, None)
+        return self.workers.get(url) or self._add(url, None, file)
 
     def leave(self, url: str) -> None:
         """No new work for this server. What it works on may finish; its end, if it comes, is taken as any other's."""
@@ -303,8 +305,8 @@ class Fleet:
 
     # The rest.
 
-    def _add(self, url: str, server: Server | None) -> Worker:
-        worker = Worker(self._client(url), self._changed, self._settings.probes, server, torn=self._weights.brought)
+    def _add(self, url: str, server: Server | None, file: Path | None = None) -> Worker:
+        worker = Worker(self._client(url), self._changed, self._settings.probes, server, file, torn=self._weights.brought)
         self.workers[url] = worker
         caretaker = Caretaker(worker, self._demands, self._settings, self._weights, self._client)
         self._cares[worker] = asyncio.create_task(caretaker.run())
@@ -380,6 +382,6 @@ class Fleet:
         fixed = {url.rstrip("/") for url in self._settings.urls}
         foreign = {url for url, worker in self.workers.items() if worker.server is None} - fixed
         for url in urls - self.workers.keys():
-            self.join(url)
+            self.join(url, path)
         for url in foreign - urls:
             self.leave(url)

@@ -37,7 +37,11 @@ def given_key(settings: Settings) -> str | None:
     if servers.api_key_file is not None:
         return read_key(servers.api_key_file)
     if servers.urls_file is not None and (beside := beside_urls(servers.urls_file)).exists():
-        return read_key(beside)
+        return read_key(
+            beside,
+            "the key beside servers.urls_file",
+            "Run as the user whose servers these are, or name a copy of it in servers.api_key_file",
+        )
     return None
 
 
@@ -63,14 +67,14 @@ def logs_folder(settings: Settings) -> Path:
     return settings.servers.logs or settings.run.directory / "servers"
 
 
-def read_key(path: Path) -> str:
-    """The key in a file."""
+def read_key(path: Path, name: str = "servers.api_key_file", fix: str = "Write the key into it") -> str:
+    """The key in a file; `name` and `fix` are for the error where it cannot be read."""
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"servers.api_key_file = {path}: it cannot be read: {error}. Write the key into it.") from error
+        raise SettingsError(f"{name} = {path}: it cannot be read: {error}. {fix}.") from error
     if not key or not key.isprintable() or " " in key:
-        raise SettingsError(f"servers.api_key_file = {path}: it holds no key. Write one word into it.")
+        raise SettingsError(f"{name} = {path}: it holds no key. Write one word into it.")
     return key
 
 

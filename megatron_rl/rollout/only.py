@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_rl.config.architecture import Architecture
@@ -77,7 +78,14 @@ async def fill(
     with until_told():
         version = await weights_of(settings.servers.urls, model, key)
         async with open_session(
-            settings, model, servers, api_key=key, version=version, step=step, position=position, starting=starting
+            settings,
+            model,
+            servers,
+            api_key=partial(api_key, settings),
+            version=version,
+            step=step,
+            position=position,
+            starting=starting,
         ) as session:
             opened(session, step)
             for current in range(step, steps):

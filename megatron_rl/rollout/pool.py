@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_rl.config.rollout_settings import ServerSettings
 from megatron_rl.rollout.client import Sampling, new_request
+from megatron_rl.rollout.connection import Key
 from megatron_rl.rollout.dispatch import Desk, Homes
 from megatron_rl.rollout.errors import Refused, ServerError
 from megatron_rl.rollout.fleet import Fleet
@@ -65,7 +66,7 @@ class Pool:
         settings: ServerSettings,
         demands: Demands,
         *,
-        api_key: str | None = None,
+        api_key: Key = None,
         version: int = 0,
         decode: Decode | None = None,
     ) -> None:

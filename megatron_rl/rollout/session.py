@@ -17,6 +17,7 @@ from megatron_rl.rewards.model import Grader, RewardModel
 from megatron_rl.rollout.bank.writer import Bank
 from megatron_rl.rollout.chat import Chat
 from megatron_rl.rollout.collector import BEGINNING, Collector, Position
+from megatron_rl.rollout.connection import Key
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.server import ServerOptions
 from megatron_rl.rollout.strategies.base import Floor
@@ -89,7 +90,7 @@ async def open_session(
     model: Architecture,
     own_servers: Sequence[ServerOptions],
     *,
-    api_key: str | None = None,
+    api_key: Key = None,
     version: int = 0,
     step: int = 0,
     position: Position = BEGINNING,

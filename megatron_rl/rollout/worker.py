@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.dispatch import Capacity, Desk
@@ -22,6 +23,7 @@ class Worker:
     changed: Callable[[], None]  # called after each change of health
     forgiven: int
     server: Server | None = None  # a process of our own
+    file: Path | None = None  # in which somebody has written its URL
     health: Health = field(default_factory=Starting)
     torn: bool = False  # an update failed half-way, or never came: whatever it says, its weights are no version
     stride: int = 1  # tokens that one step of its decoding adds to a response at most

@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -195,8 +196,8 @@ async def open_alone(settings: Settings, model: Architecture) -> AsyncIterator[E
     tokenizer = open_tokenizer(settings, vocab=model.vocab)
     require_columns(components, open_prompts(settings, tokenizer, "validation"))  # before servers take their time to start
     files.private_folder(settings.run.directory)
-    key = api_key(settings)
-    version = await weights_of(settings.servers.urls, model, key)
+    version = await weights_of(settings.servers.urls, model, api_key(settings))
+    key = partial(api_key, settings)
     pool = Pool(settings.servers, Demands.of(model), api_key=key, version=version, decode=tokenizer.decode)
     async with RewardModel(components, settings.scoring, lambda ids: tokenizer.text(ids.tolist())) as rewards, pool:
         await pool.begin(own_servers(settings))

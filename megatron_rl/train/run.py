@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from megatron_rl.config.checks import require_valid
@@ -130,7 +131,7 @@ def _session(settings: Settings, state: RunState) -> AbstractAsyncContextManager
         settings,
         read_architecture(settings.policy.config),
         own_servers(settings),
-        api_key=api_key(settings),
+        api_key=partial(api_key, settings),
         version=state.step,
         step=state.step,
         position=state.position,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,7 +125,7 @@ class Rollouts:
         self._policy, self._layout, self._stopper, self._thread = policy, policy.layout, stopper, thread
         self._colocated = settings.servers.colocated
         self._folder = Folder(settings.bank_directory)
-        key = api_key(settings)
+        key = partial(api_key, settings)
         served, vocabulary = served_model(settings), policy.architecture.vocab
         self._publisher = open_publisher(policy, lambda url: Client(url, vocabulary, key), served)
         self._version: int | None = None  # that servers have been brought

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from megatron_rl.config.settings import Settings
 from tests.config.models import DENSE, EXPERTS, LATENT, MOE
 
 
-def problems(model: Architecture, *, kind: str = "auto", **arguments: object) -> list[str]:
+def problems(model: Architecture, kind: str = "auto", **arguments: Any) -> list[str]:
     settings = Settings.model_validate({"policy": {"config": "m"}, "sglang": arguments, "device": {"kind": kind}})
     return list(servers_can_cut_the_model(Case(settings, model, 1)))
 
@@ -80,7 +81,7 @@ def test_the_sizes_that_are_offered_fit() -> None:
         {"tp_size": 4, "ep_size": 3, "moe_a2a_backend": "deepep"},  # which takes all GPUs, whatever ep_size says
     ],
 )
-def test_what_sglang_does_not_ask_is_not_asked(arguments: dict[str, object]) -> None:
+def test_what_sglang_does_not_ask_is_not_asked(arguments: dict[str, Any]) -> None:
     assert problems(MOE, **arguments) == []
 
 

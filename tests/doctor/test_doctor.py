@@ -10,11 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
+from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import LayoutSettings
 from megatron_rl.doctor.clock import age, judge
 from megatron_rl.doctor.examine import CHECKS, Check, chosen, made
 from megatron_rl.doctor.finding import Finding, error, warning, well, worst
 from megatron_rl.doctor.ranks import shrunk
+from megatron_rl.doctor.servers import check_servers
 from megatron_rl.doctor.tell import SCHEMA
 from megatron_rl.doctor.visit import Visit
 from megatron_rl.rollout.server import free_ports
@@ -114,6 +116,15 @@ def test_a_settings_file_that_is_not_there() -> None:
     assert result.exit_code == 1
     assert "there is no file nowhere.yaml" in result.output and "→ Name the settings file of the run" in result.output
     assert "\n1 error, 0 warnings, 0 things in order" in result.output
+
+
+def test_a_server_that_is_gone_is_told_with_the_file_that_names_it(tmp_path: Path) -> None:
+    listed, asked = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+    (tmp_path / "urls").write_text(f"{listed}\n")
+    settings = load_settings(None, ["policy.config=m", f"servers.urls_file={tmp_path / 'urls'}"])
+    fixes = {finding.where: finding.fix for finding in check_servers(Visit(settings=settings, urls=(asked,)))}
+    assert fixes.keys() == {listed, asked}
+    assert f"If the job that wrote it into {tmp_path / 'urls'} is gone" in fixes[listed] and "is gone" not in fixes[asked]
 
 
 def test_the_page_tells_of_every_check_and_every_field() -> None:

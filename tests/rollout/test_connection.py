@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.config.errors import SettingsError
 from megatron_rl.rollout.connection import Connection, Patience, split_lines
-from megatron_rl.rollout.errors import BadReply, Refused, ServerError, Unreachable
+from megatron_rl.rollout.errors import BadReply, NoKey, Refused, ServerError, Unreachable
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 SAID = "one\u2028two\x85three\x0bfour\x1efive\rsix\x0cseven"  # nothing here ends a line of the stream
@@ -118,6 +119,47 @@ def test_requests_share_a_connection_when_a_stream_was_read_to_its_end() -> None
             async with asyncio.timeout(10):
                 await left.wait()
             await connection.close()
+
+    asyncio.run(ask())
+
+
+def test_a_key_that_comes_later_is_found() -> None:
+    """Looked for with the first request, with the next after a refusal, and not with each."""
+    found: list[str | None] = [None, "old", "new"]
+    shown = []
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        shown.append(next((line[7:] for line in head.decode().split("\r\nAuthorization: ")[1:]), "").partition("\r")[0])
+        status = b"200 OK" if shown[-1] == "new" else b"401 Unauthorized"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            connection = Connection(url, lambda: found.pop(0), Patience())
+            for _ in range(2):
+                with pytest.raises(Refused, match=r"Give the server's API key"):
+                    await connection.ask("/server_info")
+            for _ in range(3):
+                assert await connection.ask("/server_info") == {}
+            await connection.close()
+
+    asyncio.run(ask())
+    assert shown == ["", "old", "new", "new", "new"]
+
+
+def test_a_key_that_cannot_be_read_is_an_error_of_its_server() -> None:
+    def unreadable() -> str:
+        raise SettingsError("urls.key: it cannot be read")
+
+    async def ask() -> None:
+        connection = Connection("http://127.0.0.1:9", unreadable, Patience())
+        with pytest.raises(NoKey, match=r"127\.0\.0\.1:9/server_info: urls\.key: it cannot be read"):
+            await connection.ask("/server_info")
+        await connection.close()
 
     asyncio.run(ask())
 

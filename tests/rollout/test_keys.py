@@ -76,6 +76,13 @@ def test_a_run_finds_the_key_beside_the_urls(settings: Callable[..., Settings], 
     assert api_key(settings(f"servers.urls_file={tmp_path / 'others'}")) is None
 
 
+def test_a_key_of_somebody_else_beside_the_urls_is_named(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "urls.key").mkdir()  # as unreadable as a file can be to root
+    message = r"the key beside servers\.urls_file = \S*/urls\.key: it cannot be read: .*Run as the user whose servers these are"
+    with pytest.raises(SettingsError, match=message):
+        api_key(settings(f"servers.urls_file={tmp_path / 'urls'}"))
+
+
 def test_of_many_who_make_a_key_all_read_the_same(tmp_path: Path) -> None:
     path = tmp_path / "keys/key"
     with ThreadPoolExecutor(16) as threads:
