@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from megatron_rl.train.elastic import _code
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -16,7 +19,7 @@ folder = pathlib.Path(sys.argv[1])
 if sys.argv[2] == "stops":
     while not heard:
         time.sleep(0.01)
-    time.sleep(0.3 * (1 + int(os.environ["RANK"])))
+    time.sleep(0.2 + 0.8 * int(os.environ["RANK"]))  # torchrun looks every tenth of a second
     (folder / f"saved-{os.environ['RANK']}").write_text(str(len(heard)))
 sys.exit(143 if heard else int(sys.argv[2]))
 """
@@ -33,4 +36,15 @@ def test_ranks_are_told_and_what_they_end_with_is_the_end(what: str, code: int, 
         process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
-    assert {path.name for path in tmp_path.glob("saved-*")} == ({"saved-0", "saved-1"} if what == "stops" else set())
+    saved = {path.name: path.read_text() for path in tmp_path.glob("saved-*")}  # how often each was told
+    assert saved == ({"saved-0": "1", "saved-1": "1"} if what == "stops" else {})
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((143, 143), 143), ((143, 2), 2), ((1, 143), 1), ((143, -9), 137), ((-15, 143), 143), ((2, 1), 2)]
+)
+def test_a_rank_that_failed_is_told_before_those_that_saved(codes: tuple[int, ...], expected: int, tmp_path: Path) -> None:
+    failures = {rank: ProcessFailure(rank, 1, code, str(tmp_path / "none")) for rank, code in enumerate(codes)}
+    for rank, failure in failures.items():
+        failure.timestamp = rank
+    assert _code(ChildFailedError("train", failures)) == expected
