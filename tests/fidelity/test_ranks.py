@@ -1,4 +1,4 @@
-"""A look from several ranks: policy after policy is opened on them, the main one has the server, all end with the same report."""
+"""A look from several ranks: policy after policy is opened on them, the main one has the server, all end alike."""
 
 import importlib
 import json
