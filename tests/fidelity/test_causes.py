@@ -23,6 +23,8 @@ def test_where_all_is_well(tiny_server: TinyServer) -> None:
     assert report.within and report.cause is None and report.verdict.startswith("Policy and server agree")
     assert [stage.name for stage in (*report.stages, *report.aside)] == ["as it is", "handed over", "routing"]
     assert all(stage.compared.largest < EQUAL for stage in (*report.stages, *report.aside))
+    agree = report.stages[0].compared.agree
+    assert agree is not None and agree.all(), "both sides' routing is told of the same positions and layers"
 
 
 def test_stale_weights(served: TinyServer, tmp_path: Path) -> None:

@@ -55,10 +55,14 @@ def test_what_it_refuses(tiny_models: tuple[Path, Path], tmp_path: Path) -> None
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
 
 
-def test_a_server_of_another_model_is_refused(tiny_server: TinyServer, tmp_path: Path) -> None:
+def test_what_a_server_cannot_do_is_told(tiny_server: TinyServer, tmp_path: Path) -> None:
     other = write_served_checkpoint(tmp_path / "other", "qwen3_moe", num_hidden_layers=2, num_experts=4, vocab_size=504)
     result = run(other, "--server", tiny_server.server.url, "precision.dtype=float32", "--prompts", 1, "--tokens", 2)
     assert result.exit_code == 2 and "whose vocabulary has 512 tokens" in " ".join(result.output.split()), result.output
+    long = run(
+        tiny_server.model, "--server", tiny_server.server.url, "precision.dtype=float32", "--prompts", 1, "--tokens", 2048
+    )
+    assert long.exit_code == 2 and "maximum context length of 2048 tokens" in " ".join(long.output.split()), long.output
 
 
 def test_an_own_server_computes_as_the_policy_does(tmp_path: Path) -> None:

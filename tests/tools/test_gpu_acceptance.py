@@ -148,6 +148,16 @@ def test_a_part_has_its_time_and_no_more(tmp_path: Path) -> None:
     assert [part.name for part in todo(chosen(["environment"]), tmp_path, again=False)] == ["environment"]
 
 
+def test_no_part_is_begun_that_will_hardly_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its guessed time counts at full size, seconds at a tiny one; what never fits is told what it takes."""
+    for minutes, smoke, told in (("0.3", True, "Give it --minutes 2"), ("0.34", False, "Give it --minutes 3")):
+        words = ["--only", "reference", "--minutes", minutes, "--out", str(tmp_path / minutes), *(["--smoke"] if smoke else [])]
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code and not (tmp_path / minutes).exists()
+        assert "reference: not begun" in (said := capsys.readouterr().out) and told in said, said
+
+
 def test_parts_are_chosen_by_whole_words() -> None:
     assert [part.name for part in chosen(["loss bfloat16", "ceilings"])] == ["ceilings", "loss bfloat16"]
     assert [part.name for part in chosen(["layout tensor"])] == ["reference", "layout tensor"], "what it reads comes along"
