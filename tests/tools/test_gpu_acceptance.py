@@ -149,6 +149,18 @@ def test_a_part_has_its_time_and_no_more(tmp_path: Path) -> None:
     assert [part.name for part in todo(chosen(["environment"]), tmp_path, again=False)] == ["environment"]
 
 
+def test_a_broken_promise_ends_with_an_error(results: Results) -> None:
+    """Of the parts that were asked for."""
+    for part, value in (("environment", 0.0), ("ceilings", 1.0)):
+        results.begin(part, smoke=True)
+        results.add(part, Finding("ratio", value, bound=0.5))
+        results.end(part, "done", smoke=True)
+    for asked, code in ((["environment"], 0), (["environment", "ceilings"], 1)):
+        with pytest.raises(SystemExit) as ended:
+            main(["--smoke", "--out", str(results.folder), *(word for part in asked for word in ("--only", part))])
+        assert int(ended.value.code or 0) == code
+
+
 def test_no_part_is_begun_that_will_hardly_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its guessed time counts at full size, seconds at a tiny one; what never fits is told what it takes."""
     for minutes, smoke, told in (("0.3", True, "Give it --minutes 2"), ("0.34", False, "Give it --minutes 3")):
