@@ -142,6 +142,7 @@ def test_the_program_runs_what_is_not_done(tmp_path: Path, capsys: pytest.Captur
 def test_a_part_has_its_time_and_no_more(tmp_path: Path) -> None:
     ended = run_part(replace(PARTS["environment"], limit=0), tmp_path, smoke=True)
     assert (ended.state, "was ended" in ended.reason) == ("failed", True)
+    assert [part.name for part in todo(chosen(["environment"]), tmp_path, again=False)] == ["environment"]
     short = run_part(PARTS["environment"], tmp_path, smoke=True, seconds=0.0)
     assert short.state == "interrupted"
     died = run_part(replace(PARTS["environment"], name="no such part"), tmp_path, smoke=True)
