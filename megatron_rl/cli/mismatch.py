@@ -89,7 +89,7 @@ def mismatch(
     Weights are compared by sending the checkpoint's again, tensor by tensor: those that change the server's scores were others.
     A server that is started for this is treated so when needed; one that runs only with --resend.
 
-    The exit code is 0 when both agree, 1 when they do not. See docs/fidelity.md.
+    The exit code is 0 when both agree, 1 when they do not, 2 when it could not be found out. See docs/fidelity.md.
 
     **Examples**
 
@@ -105,6 +105,8 @@ def mismatch(
         from megatron_rl.fidelity.setup import prompts_of, settings_of
 
         settings = settings_of(checkpoint, overrides or [], [server] if server is not None else [], like)
+        if out is not None and speaks():
+            _make(out)
         if not launched():
             require_valid(settings, read_architecture(settings.policy.config), settings.world_size or 1)
         start_ranks(settings)
@@ -117,7 +119,7 @@ def mismatch(
         report = _look(settings, console, asked, tokens, drawn_at, tolerance, resend or server is None)
         if speaks():
             _tell(report, console, out, as_json)
-    if not report.within:
+    if speaks() and not report.within:  # a launcher ends all ranks with the first that ends so: the others leave well
         raise typer.Exit(DIFFERENT)
 
 
@@ -164,7 +166,6 @@ def _tell(report: "Report", console: Console, out: Path | None, as_json: bool) -
     else:
         _show(report, console)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "mismatch.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
         (out / "mismatch.html").write_text(page(report), encoding="utf-8")
         console.print(f"the picture is {out / 'mismatch.html'}")
@@ -183,6 +184,13 @@ def _show(report: "Report", console: Console) -> None:
         for module, how in modules.items():
             console.print(f"FP8 in {side}: {module}, {how}", markup=False)
     console.print(report.verdict, markup=False, style="bold")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be made: {error}. Name a folder.") from error
 
 
 def _require_folder(checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_rl.fidelity.examine import Hands
 from megatron_rl.fidelity.server import Observation, draw, look
 from megatron_rl.fidelity.setup import opened_checkpoint, step_of
 from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.errors import ServerError
 from megatron_rl.rollout.keys import api_key
 from megatron_rl.rollout.own_servers import own_servers
 from megatron_rl.rollout.replies import RoutingShape
@@ -83,7 +84,10 @@ class _Hand:
                     f"{self.architecture.vocab}. Name a server of the same model."
                 )
             shape = _shape(self.architecture) if facts.returns_routing else None
-            drawn = await draw(client, self.draws.prompts, self.draws.tokens, self.draws.temperature, shape)
+            try:
+                drawn = await draw(client, self.draws.prompts, self.draws.tokens, self.draws.temperature, shape)
+            except ServerError as error:
+                raise UserError(f"the server does not sample what it is asked for: {error}") from error
         return Observation(facts, self.draws.temperature, drawn)
 
     async def fill(self) -> None:

@@ -4,7 +4,7 @@
 
 The order is from what explains the others to what it explains: another number format changes routing, other weights change
 everything. Weights come late because finding them changes the server; where replaying the server's routing leaves nothing,
-they are not asked for.
+they are not asked for. When they were wrong, what they hid is looked for again.
 """
 
 import tempfile
@@ -20,15 +20,16 @@ from megatron_rl.config.checks import require_valid
 from megatron_rl.config.errors import SettingsError
 from megatron_rl.config.families import read_architecture
 from megatron_rl.config.settings import Settings
-from megatron_rl.fidelity.report import Cause, Report, Stage, number
+from megatron_rl.fidelity.report import FINENESS, Cause, Report, Stage, number
 from megatron_rl.fidelity.scoring import Answer, Ask
-from megatron_rl.fidelity.search import Search, format_of
+from megatron_rl.fidelity.search import HELPS, Search, format_of
 from megatron_rl.fidelity.server import Facts, Observation, served_architecture, write_config
 from megatron_rl.fidelity.tokens import growth
-from megatron_rl.policy.layout import Launch
+from megatron_rl.policy.layout import Launch, together
 from megatron_rl.weights.fp8_audit import LayerAudit, audit_layers, served_layers
 from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.publish.compare import Part
+from megatron_rl.weights.publish.wire import fp8_quantizer
 
 LIKE_ROUNDING = 2.0  # times what rounding does to the policy's own log-probs
 GROWS = 0.3  # rank correlation of |Δ| with the position
@@ -63,7 +64,7 @@ def examine(settings: Settings, launch: Launch, hands: Hands | None, wanted: Wan
     """Find out. Every rank calls it, the main one with the server in its hands."""
     architecture = read_architecture(settings.policy.config)
     own = settings.policy.temperature
-    with tempfile.TemporaryDirectory(prefix="megatron-rl-mismatch-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron-rl-mismatch-") as folder, together():
         search = Search(settings, launch, wanted.longest, wanted.tolerance, architecture, own, wanted.drawn_at, Path(folder))
         tell("the server samples, and scores what it sampled")
         search.observe(hands.observe() if hands is not None else None)
@@ -80,7 +81,7 @@ def examine(settings: Settings, launch: Launch, hands: Hands | None, wanted: Wan
         aside=search.aside,
         causes=search.causes,
         layers=search.layers,
-        notes=[*search.notes, *([audit.one_sided] if audit.one_sided else [])],
+        notes=[*search.notes.values(), *audit.remarks],
         quantized=audit.summary(),
         problems=audit.problems,
         differing=[part.title for part in parts if part.differed],
@@ -89,24 +90,21 @@ def examine(settings: Settings, launch: Launch, hands: Hands | None, wanted: Wan
 
 def _follow(search: Search, hands: Hands | None, wanted: Wanted, tell: Tell) -> list[Part]:
     """Step by step until nothing is left to explain; returns what was found of the weights."""
-    _aside(search)
-    if not search.done:
-        _temperature(search)
-    if not search.done:
-        _config(search, tell)
-    if not search.done:
-        _precision(search, tell)
+    search.aside.append(_handed_over(search))
+    _told_alike(search, tell)
     replayed = _replayed(search)
     if not search.done and replayed is not None and replayed.within:
         search.take(replayed, "routing", _routing_text(search, replayed))
     parts: list[Part] = []
     if not search.done:
         parts = _weights(search, hands, wanted, tell)
+        if any(part.differed for part in parts):
+            _told_alike(search, tell)
         replayed = _replayed(search) if parts else replayed
     if not search.done and replayed is not None:
         search.take(replayed, "routing", _routing_text(search, replayed))
-    if not search.done and (wanted.may_send or not search.causes or search.causes[-1].name != "stale weights"):
-        _rest(search)
+    if not search.done and (parts or all(cause.name != "stale weights" for cause in search.causes)):
+        _rest(search, compared_weights=bool(parts))
     if replayed is not None and replayed not in search.stages:
         search.aside.append(replayed)
     return parts
@@ -115,16 +113,26 @@ def _follow(search: Search, hands: Hands | None, wanted: Wanted, tell: Tell) -> 
 # -- the steps -------------------------------------------------------------------------------------------------------------
 
 
-def _aside(search: Search) -> None:
+def _handed_over(search: Search) -> Stage:
     """What the server says of tokens handed to it whole: other kernels than those it samples with, and no temperature."""
     (at_one,) = search.ask(Ask(1.0))
     text = "the same tokens handed to the server whole, both sides at temperature 1"
-    search.aside.append(search.stage("handed over", text, at_one, given=True))
+    return search.stage("handed over", text, at_one, given=True)
+
+
+def _told_alike(search: Search, tell: Tell) -> None:
+    """What the policy can be told to do as the server does: at its temperature, by its config.json, in its number format."""
+    if not search.done:
+        _temperature(search)
+    if not search.done:
+        _config(search, tell)
+    if not search.done:
+        _precision(search, tell)
 
 
 def _temperature(search: Search) -> None:
-    """The server's numbers may be of another temperature than the policy's: as told, or as tried."""
-    ours, theirs, handed = search.temperature, search.drawn_at, search.aside[0]
+    """The server's numbers may be of another temperature than the policy's: as told, which is a cause, or as tried."""
+    ours, theirs = search.temperature, search.drawn_at
     if ours != theirs:
         (answer,) = search.ask(Ask(theirs))
         stage = search.stage("temperature", f"the policy's log-probs at temperature {theirs:g} too", answer)
@@ -132,9 +140,9 @@ def _temperature(search: Search) -> None:
             f"The temperature: the server samples at {theirs:g} and the policy takes log-probs at {ours:g}. "
             f"Set policy.temperature={theirs:g}, or sample at {ours:g}."
         )
-        if search.take(stage, "temperature", said):
-            search.temperature = theirs
-    elif handed.within:
+        search.take(stage, "temperature", said, anyway=True)
+        search.temperature = theirs
+    elif _handed_over(search).compared.mean <= HELPS * search.current.compared.mean:
         answers = search.ask(*map(Ask, TEMPERATURES))
         tried = [
             (search.stage("temperature", f"the policy's log-probs at temperature {value:.2g}", answer), value)
@@ -153,7 +161,7 @@ def _config(search: Search, tell: Tell) -> None:
     """The server may read another config.json: another rotary base, epsilon, scaling of the experts."""
     theirs = served_architecture(search.facts)
     if theirs is None:
-        search.notes.append(
+        search.notes["config"] = (
             f"{search.facts.model} cannot be read from here, so the server's config.json was not compared with the policy's."
         )
         return
@@ -165,9 +173,12 @@ def _config(search: Search, tell: Tell) -> None:
     (answer,) = search.ask(Ask(search.temperature))
     listed = "; ".join(found)
     stage = search.stage("config", f"the policy built from the server's config.json ({listed})", answer)
-    if not search.take(stage, "config", f"config.json: both sides have the same weights and read them differently: {listed}."):
+    if search.take(stage, "config", f"config.json: both sides have the same weights and read them differently: {listed}."):
+        search.architecture = theirs
+        search.notes.pop("config", None)
+    else:
         search.put_back(former)
-        search.notes.append(f"The server reads another config.json ({listed}), which does not explain the difference.")
+        search.notes["config"] = f"The server reads another config.json ({listed}), which does not explain the difference."
 
 
 def _precision(search: Search, tell: Tell) -> None:
@@ -175,12 +186,19 @@ def _precision(search: Search, tell: Tell) -> None:
     ours, theirs = format_of(search.settings), search.facts.format
     if ours == theirs:
         return
-    precision = as_served(search.settings, search.facts)
-    changed = _changed(search.settings, "precision", **precision)
+    if theirs not in FINENESS:
+        search.notes["precision"] = (
+            f"The server computes in {theirs}, which the policy does not have, so what that does is among what remains. Serve "
+            "it in bfloat16 or float32 (--dtype) to see."
+        )
+        return
+    changed = _changed(search.settings, "precision", **as_served(search.facts))
     try:
         require_valid(changed, search.architecture, search.launch.world_size)
     except SettingsError as error:
-        search.notes.append(f"The policy cannot compute in the server's format, {theirs}, so this was not tried: {error}")
+        search.notes["precision"] = (
+            f"The policy cannot compute in the server's format, {theirs}, so this was not tried: {error}"
+        )
         return
     tell(f"the policy scores in {theirs}, as the server does")
     (before,) = search.ask(Ask(search.temperature))
@@ -201,7 +219,7 @@ def _replayed(search: Search) -> Stage | None:
     """The same with the server's routing."""
     if not search.replayable:
         if search.architecture.is_moe and not search.done:
-            search.notes.append(
+            search.notes["routing"] = (
                 "The server does not return its routing, so that was not replayed: start it with enable_return_routed_experts."
             )
         return None
@@ -221,17 +239,14 @@ def _routing_text(search: Search, replayed: Stage) -> str:
 
 def _weights(search: Search, hands: Hands | None, wanted: Wanted, tell: Tell) -> list[Part]:
     """The server may have other weights: they are sent again, and a part that changes its scores had been another."""
-    before = search.facts.version
-    if not wanted.may_send:
+    before, unsent = search.facts.version, _unsent(search, wanted)
+    if unsent is not None:
         if wanted.step is not None and before is not None and before != wanted.step:
             said = (
                 f"Stale weights: the server says that it has those of step {before}; the checkpoint is of step {wanted.step}."
             )
             search.causes.append(Cause("stale weights", said, search.current.compared.mean, 0.0))
-        search.notes.append(
-            "Weights were not compared: that means to send the checkpoint's to the server, which then has them. "
-            "Allow it with --resend."
-        )
+        search.notes["weights"] = f"Weights were not compared: {unsent}"
         return []
     tell("the checkpoint's weights are sent to the server, part by part")
     search.observe(hands.resend(search.observation) if hands is not None else None)
@@ -239,7 +254,7 @@ def _weights(search: Search, hands: Hands | None, wanted: Wanted, tell: Tell) ->
     parts = search.observation.parts
     differing = [part for part in parts if part.differed]
     if not differing:
-        search.notes.append(f"All weights are the checkpoint's: none of {len(parts)} parts sent again changed the scores.")
+        search.notes["weights"] = f"All weights are the checkpoint's: none of {len(parts)} parts sent again changed the scores."
         return parts
     stage = search.stage(
         "weights", f"the checkpoint's weights sent to the server: {len(differing)} of {len(parts)} differed", live
@@ -255,16 +270,33 @@ def _weights(search: Search, hands: Hands | None, wanted: Wanted, tell: Tell) ->
     return parts
 
 
-def _rest(search: Search) -> None:
+def _unsent(search: Search, wanted: Wanted) -> str | None:
+    """Why weights cannot be sent to the server."""
+    if not wanted.may_send:
+        return "that means to send the checkpoint's to the server, which then has them. Allow it with --resend."
+    if search.facts.online is not None and search.facts.quantization is None:
+        return (
+            f"the server makes its own numbers of them as it loads (--quantization {search.facts.online}), and takes no others."
+        )
+    try:
+        fp8_quantizer(WeightMap(search.architecture), search.facts.quantization)
+    except SettingsError as error:
+        return str(error)
+    return None
+
+
+def _rest(search: Search, *, compared_weights: bool) -> None:
     compared = search.current.compared
-    text = "What remains" if search.causes else "The cause is none of these: temperature, config.json, number format, routing"
+    tried = ["temperature", "config.json", "number format", "routing", *(["weights"] if compared_weights else [])]
+    text = "What remains" if search.causes else f"The cause is none of these: {', '.join(tried)}"
     where = (
         " It grows along the sequence: look at positions (rotary embedding, context length)."
         if growth(compared) > GROWS
         else ""
     )
-    said = f"{text}: mean |Δlogp| {number(compared.mean)} is left to kernels, and to what could not be made equal.{where}"
-    search.causes.append(Cause("kernels", said, compared.mean, 0.0))
+    left = "kernels" if compared_weights else "weights, which were not compared, to kernels"
+    said = f"{text}: mean |Δlogp| {number(compared.mean)} is left to {left}, and to what could not be made equal.{where}"
+    search.causes.append(Cause("kernels" if compared_weights else "weights or kernels", said, compared.mean, 0.0))
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------------
@@ -297,12 +329,12 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def as_served(settings: Settings, facts: Facts) -> dict[str, Any]:
+def as_served(facts: Facts) -> dict[str, Any]:
     """The section `precision` of a policy that computes as the server does, as nearly as it can."""
     if facts.format == "fp8":
-        on = settings.precision.fp8 if settings.precision.fp8 != "off" else "simulated"
-        return {"dtype": "bfloat16", "fp8": on, "fp8_recipe": "blockwise"}
-    return {"dtype": "float32" if facts.dtype == "float32" else "bfloat16", "fp8": "off"}
+        blocks = (facts.quantization or {}).get("weight_block_size")
+        return {"dtype": "bfloat16", "fp8": "simulated", "fp8_recipe": "blockwise" if blocks else "tensorwise"}
+    return {"dtype": facts.dtype, "fp8": "off"}
 
 
 def _changed(settings: Settings, section: str, **values: Any) -> Settings:

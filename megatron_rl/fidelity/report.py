@@ -7,10 +7,12 @@ from typing import Any, Literal
 from megatron_rl.fidelity.tokens import Compared, by_position, by_probability, by_routing
 from megatron_rl.weights.publish.probe import TOLERANCE
 
-type CauseName = Literal["temperature", "config", "precision", "stale weights", "wrong tensors", "routing", "kernels"]
+type CauseName = Literal[
+    "temperature", "config", "precision", "stale weights", "wrong tensors", "routing", "kernels", "weights or kernels"
+]
 
 OUTLIERS = 100.0  # times the tolerated mean that a single token may be off by
-FINENESS = ("float32", "bfloat16", "fp8")  # formats from fine to coarse
+FINENESS = ("float32", "bfloat16", "fp8")  # formats of a policy, from fine to coarse
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class Tolerance:
 
     @classmethod
     def of(cls, ours: str, theirs: str, given: float | None) -> "Tolerance":
-        """By the finer of both formats: that one side is coarser is a cause, and not an excuse."""
+        """By the finer of both formats: that one side is coarser is a cause, and not an excuse. float16 counts as bfloat16."""
         if given is not None:
             return cls(given, OUTLIERS * given, "as asked")
-        finer = next((name for name in FINENESS if name in (ours, theirs)), "bfloat16")
+        finer = min((name if name in FINENESS else "bfloat16" for name in (ours, theirs)), key=FINENESS.index)
         return cls(TOLERANCE[finer], OUTLIERS * TOLERANCE[finer], f"rounding in {finer}")
 
     def holds(self, compared: Compared) -> bool:

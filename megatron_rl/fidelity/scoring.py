@@ -14,7 +14,7 @@ from megatron_rl.fidelity.tokens import Drawn
 from megatron_rl.policy.batch import local_indices
 from megatron_rl.policy.layout import Launch
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.routing_replay import Differences, Routes
+from megatron_rl.policy.routing_replay import Routes
 from megatron_rl.types import Pack
 from megatron_rl.types import Sequence as TokenSequence
 
@@ -35,7 +35,6 @@ class Ask:
 class Answer:
     log_probs: list[NDArray[np.float32]]  # [length] of each sequence
     routes: Routing | None  # what its routers chose by themselves; None for a dense model, and where they were told
-    differences: Differences | None = None  # how often they would have chosen otherwise than they were told
 
 
 def score(
@@ -43,7 +42,7 @@ def score(
 ) -> tuple[Observation, list[Answer]]:
     """Open the policy of these settings, and ask it for the log-probs of what the main rank's server drew, once an ask.
 
-    Every rank learns what was drawn. `longest`: tokens of the longest sequence.
+    Every rank learns what was drawn, and stays with the others (`layout.together`). `longest`: tokens of the longest sequence.
     """
     policy = Policy.open(_with_room(settings, longest), launch)
     try:
@@ -55,7 +54,7 @@ def score(
         packs = policy.pack(sequences)
         return known, [_answer(policy, packs, known.drawn, ask) for ask in asks]
     finally:
-        policy.close()
+        policy.close(leave=False)
 
 
 def _with_room(settings: Settings, longest: int) -> Settings:
@@ -74,8 +73,7 @@ def _answer(policy: Policy, packs: list[Pack], drawn: Sequence[Drawn], ask: Ask)
     own = policy.per_sequence(packs, [each.log_probs for each in values])
     found = {index: array for each in policy.layout.everyone_has(own) for index, array in each.items()}
     routes = _routing(policy, packs, replay.routes, drawn) if replay is not None and given is None else None
-    differences = replay.differences(policy.layout) if replay is not None and given is not None else None
-    return Answer([found[index] for index in range(len(drawn))], routes, differences)
+    return Answer([found[index] for index in range(len(drawn))], routes)
 
 
 def _routing(policy: Policy, packs: Sequence[Pack], routes: Sequence[Routes], drawn: Sequence[Drawn]) -> Routing:

@@ -30,7 +30,7 @@ class Search:
     stages: list[Stage] = field(default_factory=list)
     aside: list[Stage] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)  # by what they are about
     known: dict[Ask, Answer] = field(default_factory=dict)  # of the present settings and tokens
 
     @property

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +108,6 @@ async def draw(
     tokens: int,
     temperature: float,
     shape: RoutingShape | None,
-    tell: Callable[[], None] = lambda: None,
 ) -> list[Drawn]:
     """A response of so many tokens to each prompt, and what the server says of it when it is handed back whole.
 
@@ -122,8 +121,6 @@ async def draw(
             drawn = await client.generate(prompt, sampling, routing=shape, cache_key=f"{key} {number}")
             whole = [*prompt, *drawn.tokens.tolist()]
             given = await client.score(whole)
-            found = Drawn(np.array(whole, np.int64), len(prompt), drawn.log_probs, given, drawn.routing)
-        tell()
-        return found
+            return Drawn(np.array(whole, np.int64), len(prompt), drawn.log_probs, given, drawn.routing)
 
     return list(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))

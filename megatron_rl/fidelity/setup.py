@@ -12,6 +12,7 @@ from megatron_rl.config.families import read_architecture
 from megatron_rl.config.load import load_settings
 from megatron_rl.config.settings import Settings
 from megatron_rl.data.tokenizer import Tokenizer
+from megatron_rl.rollout.server import has_gpu
 from megatron_rl.weights.checkpoint_files import MANIFEST
 from megatron_rl.weights.sources import MegatronSource, Source, open_source
 
@@ -19,6 +20,7 @@ from megatron_rl.weights.sources import MegatronSource, Source, open_source
 KEPT = ("policy.temperature", "precision.dtype", "precision.fp8", "precision.fp8_recipe",
         "precision.fp8_skip_first_layers", "precision.fp8_skip_last_layers")  # fmt: skip
 RANDOM_TOKENS = 24  # of a prompt without a tokenizer
+SERVERS_SHARE = 0.5  # of a GPU's memory, where an own server is on it beside the policy
 # Prose, arithmetic, code, lists, other scripts: routers send them to different experts.
 TEXTS = (
     "The history of the town begins with a bridge, which",
@@ -48,7 +50,10 @@ def settings_of(checkpoint: Path, overrides: Sequence[str], servers: Sequence[st
         settings = load_settings(None, [*given, *overrides])
         if servers:
             return settings
+        _require_one_of_our_own(settings)
         own = [f"sglang.dtype={settings.precision.dtype}", "servers.count=1"]
+        if settings.device.kind != "cpu" and has_gpu():  # the policy comes to the same one
+            own.append(f"sglang.mem_fraction_static={SERVERS_SHARE}")
         if isinstance(source, MegatronSource):
             own += [f"servers.model={json.dumps(str(source.description))}", "sglang.load_format=dummy"]
         if read_architecture(settings.policy.config).is_moe:
@@ -56,6 +61,15 @@ def settings_of(checkpoint: Path, overrides: Sequence[str], servers: Sequence[st
         return load_settings(None, [*given, *own, *overrides])
     finally:
         source.close()
+
+
+def _require_one_of_our_own(settings: Settings) -> None:
+    """A server that somebody runs is one that weights are not sent to unasked."""
+    servers = settings.servers
+    if servers.urls or servers.urls_file is not None or servers.router is not None:
+        raise SettingsError("a server that runs is named by --server URL, and not by servers.urls, urls_file or router.")
+    if servers.count not in (None, 1):
+        raise SettingsError(f"servers.count = {servers.count}: one server is looked at. Leave it out, or name one by --server.")
 
 
 @contextmanager
@@ -80,8 +94,9 @@ def step_of(source: Source) -> int | None:
 def prompts_of(settings: Settings, texts: Sequence[str], count: int) -> tuple[list[list[int]], str]:
     """Token ids to continue, and in words what they are: given texts, else the default ones, else random tokens."""
     vocabulary = read_architecture(settings.policy.config).vocab
-    folder = settings.data.tokenizer or settings.policy.config
-    if texts or _has_tokenizer(Path(folder)):
+    config = Path(settings.policy.config)
+    folder = settings.data.tokenizer or (config if config.is_dir() else config.parent)
+    if texts or settings.data.tokenizer or _has_tokenizer(Path(folder)):
         tokenizer = Tokenizer(str(folder))
         tokenizer.require_fits(vocabulary)
         chosen = list(texts) or [TEXTS[number % len(TEXTS)] for number in range(count)]

@@ -7,7 +7,8 @@ makes a group or asks for a rank. Groups are handed to Megatron, and to the coll
 import datetime
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,20 @@ class Launch:
             )
         defaults = {"LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
         return cls(**{field: int(environment.get(name, defaults.get(name, "0"))) for field, name in names.items()})
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around one policy after another on the same ranks, each closed without leaving: the ranks part at the end.
+
+    Ranks that had parted could not be sure to meet again: the store through which they do still knows of the first time.
+    """
+    joined = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,11 @@ class Layout:
         np.random.seed(settings.run.seed % 2**32)
         return cls(layout, device, launch, ProcessGroupCollection.use_mpu_process_groups())
 
-    def close(self) -> None:
-        """Leave the process group. Every rank calls this at the end."""
+    def close(self, *, leave: bool = True) -> None:
+        """Give up the groups, and leave the other ranks unless another layout follows (`together`). Every rank calls it."""
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if leave:
+            dist.destroy_process_group()
 
     # -- who am I ------------------------------------------------------------------------------------------------------
 

@@ -216,12 +216,15 @@ class Policy:
                 self._watch = None
 
     @contextmanager
-    def replaying(self, routes: Sequence[Routes] | None = None, *, record: bool = False) -> Iterator[RoutingReplay]:
+    def replaying(
+        self, routes: Sequence[Routes] | None = None, *, record: bool = False, obey: bool = True
+    ) -> Iterator[RoutingReplay]:
         """Inside, passes over the same packs choose these experts, an entry a pack; `record` keeps what the last one chose.
 
-        Without `routes` they choose by themselves. Recomputed layers choose as the forward pass did.
+        Without `routes` they choose by themselves, as without `obey`, where they are compared with `routes` and no more.
+        Recomputed layers choose as the forward pass did.
         """
-        with replaying(self.routers.routers(), self.layout.device, routes, record=record) as self._replay:
+        with replaying(self.routers.routers(), self.layout.device, routes, record=record, obey=obey) as self._replay:
             try:
                 yield self._replay
             finally:
@@ -244,9 +247,12 @@ class Policy:
             for chunk in self.model.chunks:
                 chunk.restore_grad_buffers()
 
-    def close(self) -> None:
-        """Leave the other ranks; call it on all of them. The model, and all that works on it, are gone afterwards."""
-        self.layout.close()
+    def close(self, *, leave: bool = True) -> None:
+        """Leave the other ranks; call it on all of them. The model, and all that works on it, are gone afterwards.
+
+        With `leave` off the ranks stay, for the next policy (`layout.together`).
+        """
+        self.layout.close(leave=leave)
         let_go(self.model)
         self.__dict__ = {name: self.__dict__[name] for name in ("settings", "architecture", "steps", "skipped")}
         gc.collect()  # each group has threads of its own, which a process that opens another policy would drag along

@@ -71,8 +71,9 @@ class Differences:
 class RoutingReplay:
     """What the routers of this rank are told in passes over the same packs, and what is written down of them."""
 
-    def __init__(self, given: Sequence[Routes] | None, record: bool, device: Device) -> None:
+    def __init__(self, given: Sequence[Routes] | None, record: bool, obey: bool, device: Device) -> None:
         self.given, self.record, self.device = given, record, device
+        self.obeyed = given if obey else None
         self.pack: int | None = None  # that a forward pass is in; None: layers are recomputed, or nothing runs
         self.real: Tensor | None = None  # [tokens] of the positions that routers see in it: False on padding
         self.counts = torch.zeros(4, dtype=torch.int64, device=device.torch_device)  # as in Differences
@@ -152,6 +153,7 @@ class _LayerReplay(RouterReplay):
             live = _choice(*arguments)
             told = self._told(self.owner.given[pack], len(scores), live)
             self._count(live, told, self.owner.given[pack].known)
+        if self.owner.obeyed is not None:
             values, places = self._replayed(told, *arguments)
         else:
             self.set_router_replay_action(RouterReplayAction.RECORD)
@@ -163,10 +165,10 @@ class _LayerReplay(RouterReplay):
 
     def _again(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Recomputation in the backward pass, which Megatron asks for pack by pack."""
-        if self.owner.given is None:
+        if self.owner.obeyed is None:
             self.clear_router_replay_action()
             return super().get_replay_topk(*arguments)
-        routes = self.owner.given[self.backward.popleft()]
+        routes = self.owner.obeyed[self.backward.popleft()]
         live = None if routes.known is None else _choice(*arguments)
         return self._replayed(self._told(routes, len(arguments[0]), live), *arguments)
 
@@ -205,10 +207,18 @@ def _choice(scores: Tensor, topk: int, num_groups: int | None, group_topk: int |
 
 @contextmanager
 def replaying(
-    routers: Sequence[Router], device: Device, given: Sequence[Routes] | None = None, *, record: bool = False
+    routers: Sequence[Router],
+    device: Device,
+    given: Sequence[Routes] | None = None,
+    *,
+    record: bool = False,
+    obey: bool = True,
 ) -> Iterator[RoutingReplay]:
-    """Inside, these routers choose as they are told (by themselves without `given`), and it is written down with `record`."""
-    replay = RoutingReplay(given, record, device)
+    """Inside, these routers choose as they are told (by themselves without `given`), and it is written down with `record`.
+
+    Without `obey` they choose by themselves, and are only compared with what is given.
+    """
+    replay = RoutingReplay(given, record, obey, device)
     former = [router.router_replay for router in routers]
     for router in routers:
         router.router_replay = replay.stand_in(router)

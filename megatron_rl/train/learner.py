@@ -124,45 +124,50 @@ class Learner:
     def _scored(self, experience: Experience, rows: NDArray[np.int64], *, watch: bool) -> Minibatch:
         """Packs of a minibatch, and the log-probs that its objective reads, with the weights as they are."""
         lengths = experience.lengths[rows].tolist()
-        of_rollout = self._replay == "rollout"
+        returned = self.settings.keeps_routing
 
         def read(positions: Sequence[int]) -> list[TokenSequence]:
-            return experience.sequences([int(rows[position]) for position in positions], routing=of_rollout)
+            return experience.sequences([int(rows[position]) for position in positions], routing=returned)
 
         packs = self.policy.pack_lengths(lengths, read)
-        routes = self.policy.rollout_routes(packs) if of_rollout else None
+        routes = self.policy.rollout_routes(packs) if returned else None
         packs = _mapped(Minibatch(packs, {}), _without_routing).packs  # of all layers and ranks: too much to keep
         wanted = self._parts.needs_columns if self._parts is not None else frozenset({"old"})
         columns: Columns = {}
         routing = rollout = None
         if "old" in wanted and self.settings.objective.old_log_probs == "recompute":
-            with self.policy.watching() if watch else nullcontext() as routing, self._replaying(routes, record=True) as replay:
+            with self.policy.watching() if watch else nullcontext() as routing, self._first(routes) as replay:
                 columns["old"] = [values.log_probs for values in self.policy.log_probs(packs)]
             if replay is not None:
-                rollout = replay.differences(self.policy.layout) if of_rollout else None
-                routes = replay.routes  # the servers' and, where there was none, the trainer's own
+                rollout = replay.differences(self.policy.layout) if returned else None
+                # Where servers are repeated: theirs and, where there was none, the trainer's own.
+                routes = replay.routes if replay.record else None
         if "old" in wanted and self.settings.objective.old_log_probs == "rollout":
             packs = _mapped(Minibatch(packs, {}), _rollout_as_old).packs
         if self.reference is not None:
             with self.reference.in_place():
                 columns["reference"] = [values.log_probs for values in self.policy.log_probs(packs)]
-        return Minibatch(packs, columns, routing, routes, rollout)
+        return Minibatch(packs, columns, routing, routes if self._replay != "off" else None, rollout)
 
-    def _replaying(
-        self, routes: Sequence[Routes] | None, *, record: bool = False
-    ) -> AbstractContextManager[RoutingReplay | None]:
+    def _first(self, returned: Sequence[Routes] | None) -> AbstractContextManager[RoutingReplay | None]:
+        """Around the pass of `old`, which repeats the servers' choices, or is compared with them where they returned them."""
+        if self._replay == "off" and returned is None:
+            return nullcontext()
+        return self.policy.replaying(returned, record=self._replay != "off", obey=self._replay == "rollout")
+
+    def _replaying(self, routes: Sequence[Routes] | None) -> AbstractContextManager[RoutingReplay | None]:
         """Around a pass of the policy, whose routers then repeat these choices; the reference always makes its own."""
-        return nullcontext() if self._replay == "off" else self.policy.replaying(routes, record=record)
+        return nullcontext() if self._replay == "off" else self.policy.replaying(routes)
 
     def _replay_metrics(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
         """What the fullest rank holds for replay and, of the servers' routing, what is missing and what differs."""
-        if self._replay == "off":
-            return {}
-        held = sum(routes.bytes for minibatch in minibatches for routes in minibatch.routes or ())
-        found = {"replay/bytes": float(max(self.policy.layout.everyone_has(held)))}
-        if self._replay == "rollout":
+        found: dict[str, float] = {}
+        if self._replay != "off":
+            held = sum(routes.bytes for minibatch in minibatches for routes in minibatch.routes or ())
+            found["replay/bytes"] = float(max(self.policy.layout.everyone_has(held)))
+        if self.settings.keeps_routing:
             found["replay/missing"] = experience.without_routing()
-        differences = [minibatch.rollout for minibatch in minibatches if minibatch.rollout is not None]
+        differences = [each.rollout for each in minibatches if each.rollout is not None and each.rollout.tokens]
         return found | (sum(differences[1:], differences[0]).shares("replay/rollout_") if differences else {})
 
     def _with_initial_entropy(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:

@@ -1,13 +1,14 @@
 """Which layers are FP8 where trainer and servers both compute, with which scales: one list each, held against one another.
 
 Three sides round weights: the trainer in its products (`precision:`), servers as their config.json says
-(`quantization_config`), and our export, from which servers may be started. Two that round, and do not round the same layers by
-the same blocks, are two models; that is an error which names the modules. Where only one side rounds, that is a choice (FP8
-rollouts of a policy that trains in bfloat16): it widens the mismatch, and is said.
+(`quantization_config`), and our FP8 export, where there is one, from which servers may be started. Two that round, and do not
+round the same layers by the same blocks, are two models; that is an error which names the modules. Where only one side rounds,
+that is a choice (FP8 rollouts of a policy that trains in bfloat16): it widens the mismatch, and is said.
 
 The router, embeddings, norms and the output layer are FP8 on no side.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from megatron_rl.weights.map import WeightMap
 from megatron_rl.weights.quantize import ACTIVATION_BLOCKS, WEIGHT_BLOCKS, Blocks
 
 TRAINER, SERVERS, EXPORT = "the trainer", "the servers", "our FP8 export"
-WHOLE = Blocks(None, None)
+WHOLE, ROWS = Blocks(None, None), Blocks(1, None)
+# By which Transformer Engine is told to leave the scales of its blocks as they are. Without it they are powers of two.
+ANY_SCALE = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 SHOWN = 6  # modules that a message names
 _LAYER = re.compile(r"(?<=model\.layers\.)(\d+)(?=\.)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -43,11 +46,11 @@ Side = Mapping[str, Rounding]  # by the HF name of each weight that is FP8
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """What each side rounds. `problems` are errors; `one_sided` says that the trainer rounds and servers do not, or so."""
+    """What each side rounds. `problems` are errors; `remarks` say what makes a difference and may be meant so."""
 
     sides: Mapping[str, Side]
     problems: tuple[str, ...]
-    one_sided: str | None = None
+    remarks: tuple[str, ...] = ()
 
     def require(self) -> None:
         if self.problems:
@@ -61,21 +64,30 @@ class LayerAudit:
         }
 
 
-def audit_layers(weight_map: WeightMap, precision: PrecisionSettings, served: Side) -> LayerAudit:
-    """The trainer of these settings against servers that round so (`served_layers`), and against what it would export."""
-    trained = trained_layers(weight_map, precision)
-    if not trained or not served:
-        alone = TRAINER if trained else SERVERS
-        other = SERVERS if trained else TRAINER
-        said = (
-            f"{alone} compute{'s' if trained else ''} in FP8 and {other} {'do' if trained else 'does'} not"
-            if trained or served
-            else None
+def audit_layers(
+    weight_map: WeightMap, precision: PrecisionSettings, served: Side, *, exports: bool = False, any_scale: bool | None = None
+) -> LayerAudit:
+    """The trainer of these settings against servers that round so (`served_layers`), and against what it `exports` in FP8.
+
+    `any_scale`: whether Transformer Engine was told of its variable; default: as it stands in the environment.
+    """
+    sides = {TRAINER: trained_layers(weight_map, precision), SERVERS: served}
+    if exports:
+        sides[EXPORT] = exported_layers(weight_map, precision)
+    trained, others = sides[TRAINER], [name for name in sides if name != TRAINER and sides[name] and sides[TRAINER]]
+    problems = [line for name in others for line in differences(TRAINER, trained, name, sides[name])]
+    remarks = []
+    if trained and not served:
+        remarks.append(f"{TRAINER} computes in FP8 and {SERVERS} do not")
+    if served and not trained:
+        remarks.append(f"{SERVERS} compute in FP8 and {TRAINER} does not")
+    told = os.environ.get(ANY_SCALE) == "1" if any_scale is None else any_scale
+    if trained and served and precision.fp8 == "transformer_engine" and precision.fp8_recipe == "blockwise" and not told:
+        remarks.append(
+            "Transformer Engine rounds the scales of its blocks up to powers of two, and servers do not, Blackwell's apart: on "
+            f"Hopper start the trainer with {ANY_SCALE}=1"
         )
-        return LayerAudit({TRAINER: trained, SERVERS: served}, (), said)
-    exported = exported_layers(weight_map, precision)
-    problems = [*differences(TRAINER, trained, SERVERS, served), *differences(TRAINER, trained, EXPORT, exported)]
-    return LayerAudit({TRAINER: trained, SERVERS: served, EXPORT: exported}, tuple(problems))
+    return LayerAudit(sides, tuple(problems), tuple(remarks))
 
 
 def trained_layers(weight_map: WeightMap, precision: PrecisionSettings) -> Side:
@@ -94,19 +106,28 @@ def exported_layers(weight_map: WeightMap, precision: PrecisionSettings) -> Side
 
 
 def served_layers(weight_map: WeightMap, quantization: Mapping[str, Any] | None, online: str | None = None) -> Side:
-    """What SGLang rounds after reading a config.json's `quantization_config`; `online`: its argument --quantization."""
-    if quantization is None:
-        return dict.fromkeys(linear_tensors(weight_map), Rounding(WHOLE, WHOLE)) if online == "fp8" else {}
-    if quantization.get("quant_method") != "fp8":
+    """What SGLang rounds after reading a config.json's `quantization_config`; `online`: its argument --quantization.
+
+    Without blocks, as sglang 0.5.17 does on NVIDIA's GPUs (srt/layers/quantization/fp8.py, fp8_utils.py: apply_fp8_linear): a
+    dense layer takes a scale a token and, of weights that it rounds itself, a scale a row; experts take one a tensor.
+    """
+    method = quantization.get("quant_method") if quantization is not None else online
+    if method is None:
+        return {}
+    if method != "fp8":
+        source = "quantization_config is of method" if quantization is not None else "argument --quantization is"
         raise SettingsError(
-            f"the servers' quantization_config is of method {quantization.get('quant_method')!r}: what it rounds is not known "
-            "here. Known is 'fp8', block-scaled or a scale a tensor."
+            f"the servers' {source} {method!r}: what it rounds is not known here. Known is 'fp8', block-scaled or not."
         )
-    block = quantization.get("weight_block_size")
-    dynamic = quantization.get("activation_scheme", "dynamic") == "dynamic"
-    weights = Blocks(int(block[0]), int(block[1])) if block else WHOLE
-    activations = Blocks(1, int(block[1])) if block and dynamic else WHOLE
-    return dict.fromkeys(served_tensors(weight_map, quantization), Rounding(weights, activations))
+    given: Mapping[str, Any] = quantization or {}
+    names = served_tensors(weight_map, given) if quantization is not None else linear_tensors(weight_map)
+    dynamic, block = given.get("activation_scheme", "dynamic") == "dynamic", given.get("weight_block_size")
+    if block:
+        return dict.fromkeys(
+            names, Rounding(Blocks(int(block[0]), int(block[1])), Blocks(1, int(block[1])) if dynamic else WHOLE)
+        )
+    dense = Rounding(WHOLE if quantization is not None else ROWS, ROWS if dynamic else WHOLE)
+    return {name: Rounding(WHOLE, WHOLE) if _EXPERT.search(name) else dense for name in names}
 
 
 def differences(first: str, ours: Side, second: str, theirs: Side) -> list[str]:
@@ -123,8 +144,8 @@ def differences(first: str, ours: Side, second: str, theirs: Side) -> list[str]:
     if other:
         found.append(
             f"{len(other)} weights are FP8 in both {first} and {second}, by other scales: {_named(other)}: "
-            f"{ours[other[0]]} here, {theirs[other[0]]} there. Set precision.fp8_recipe to what servers use (blockwise for "
-            "weight_block_size [128, 128]), or serve a checkpoint of the same recipe."
+            f"{ours[other[0]]} here, {theirs[other[0]]} there. Serve a checkpoint with weight_block_size [128, 128], and set "
+            "precision.fp8_recipe=blockwise: without blocks servers take scales that no trainer's recipe does."
         )
     return found
 
@@ -147,6 +168,6 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _said(blocks: Blocks) -> str:
-    if blocks.rows is None or blocks.columns is None:
-        return "one scale a tensor"
+    if blocks.columns is None:
+        return "one scale a tensor" if blocks.rows is None else "one scale a row"
     return f"{blocks.rows} x {blocks.columns}" + (", scales powers of two" if blocks.power_of_two else "")

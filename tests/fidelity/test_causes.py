@@ -23,6 +23,8 @@ def test_where_all_is_well(tiny_server: TinyServer) -> None:
     assert report.within and report.cause is None and report.verdict.startswith("Policy and server agree")
     assert [stage.name for stage in (*report.stages, *report.aside)] == ["as it is", "handed over", "routing"]
     assert all(stage.compared.largest < EQUAL for stage in (*report.stages, *report.aside))
+    agree = report.stages[0].compared.agree
+    assert agree is not None and agree.all(), "both sides' routing is told of the same positions and layers"
 
 
 def test_stale_weights(served: TinyServer, tmp_path: Path) -> None:
@@ -31,10 +33,20 @@ def test_stale_weights(served: TinyServer, tmp_path: Path) -> None:
     unasked = looked(settings_of(served, served.model))
     assert not unasked.within and unasked.cause != "stale weights"
     assert any("Allow it with --resend" in note for note in unasked.notes)
+    assert unasked.cause == "weights or kernels" and "left to weights, which were not compared" in unasked.verdict
     report = looked(settings_of(served, served.model), may_send=True)
     assert report.cause == "stale weights" and [cause.name for cause in report.causes] == ["stale weights"]
     assert "36 of 45 parts were not the checkpoint's" in report.verdict  # the rest are norms, which are all ones
     assert report.stages[-1].within and report.stages[-1].compared.largest < EQUAL
+
+
+def test_what_wrong_weights_hide_is_found_behind_them(served: TinyServer) -> None:
+    """Of another model's weights, at another temperature and in another format: none of the two is half of the difference."""
+    serve(served, served.other)
+    report = looked(settings_of(served, served.model, precision={"dtype": "bfloat16"}), drawn_at=0.8, may_send=True)
+    assert [cause.name for cause in report.causes] == ["temperature", "stale weights", "precision"]
+    assert report.cause == "stale weights" and report.stages[-1].within
+    assert report.stages[1].compared.mean > 0.5 * report.stages[0].compared.mean, "the temperature alone does not show"
 
 
 def test_stale_weights_by_their_number(tiny_server: TinyServer) -> None:

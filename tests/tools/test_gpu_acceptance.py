@@ -99,7 +99,8 @@ def test_what_is_not_here_is_skipped_with_the_reason(tmp_path: Path) -> None:
     assert tried("equal float32", tmp_path).reason.startswith(f"{REFERENCE} is not in")
     missing = replace(PARTS["ceilings"], packages=("torch", "no_such_package", "no_such.package"))
     perform(missing, tmp_path, smoke=True)
-    perform(PARTS["ratio bfloat16"], tmp_path, smoke=False)
+    light = "machine:environment"  # should it be tried after all
+    perform(replace(PARTS["ratio bfloat16"], work=light), tmp_path, smoke=False)
     outcomes = read_results([tmp_path])
     assert outcomes["ceilings"].reason == "not installed here: no_such_package, no_such.package"
     assert outcomes["ratio bfloat16"].reason == "there is no GPU here: torch sees none"
@@ -141,11 +142,34 @@ def test_the_program_runs_what_is_not_done(tmp_path: Path, capsys: pytest.Captur
 def test_a_part_has_its_time_and_no_more(tmp_path: Path) -> None:
     ended = run_part(replace(PARTS["environment"], limit=0), tmp_path, smoke=True)
     assert (ended.state, "was ended" in ended.reason) == ("failed", True)
+    assert [part.name for part in todo(chosen(["environment"]), tmp_path, again=False)] == ["environment"]
     short = run_part(PARTS["environment"], tmp_path, smoke=True, seconds=0.0)
     assert short.state == "interrupted"
     died = run_part(replace(PARTS["environment"], name="no such part"), tmp_path, smoke=True)
     assert died.state == "failed" and "without a word" in died.reason
     assert [part.name for part in todo(chosen(["environment"]), tmp_path, again=False)] == ["environment"]
+
+
+def test_a_broken_promise_ends_with_an_error(results: Results) -> None:
+    """Of the parts that were asked for."""
+    for part, value in (("environment", 0.0), ("ceilings", 1.0)):
+        results.begin(part, smoke=True)
+        results.add(part, Finding("ratio", value, bound=0.5))
+        results.end(part, "done", smoke=True)
+    for asked, code in ((["environment"], 0), (["environment", "ceilings"], 1)):
+        with pytest.raises(SystemExit) as ended:
+            main(["--smoke", "--out", str(results.folder), *(word for part in asked for word in ("--only", part))])
+        assert int(ended.value.code or 0) == code
+
+
+def test_no_part_is_begun_that_will_hardly_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its guessed time counts at full size, seconds at a tiny one; what never fits is told what it takes."""
+    for minutes, smoke, told in (("0.3", True, "Give it --minutes 2"), ("0.34", False, "Give it --minutes 3")):
+        words = ["--only", "reference", "--minutes", minutes, "--out", str(tmp_path / minutes), *(["--smoke"] if smoke else [])]
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code and not (tmp_path / minutes).exists()
+        assert "reference: not begun" in (said := capsys.readouterr().out) and told in said, said
 
 
 def test_parts_are_chosen_by_whole_words() -> None:

@@ -105,6 +105,20 @@ def test_the_servers_routing_is_in_old_and_new(old: str, tmp_path: Path) -> None
         assert "replay/rollout_differs" not in report.metrics and first["replay/differs"] > 0.9
 
 
+def test_the_servers_routing_is_compared_where_it_is_not_repeated(tmp_path: Path) -> None:
+    """`sampling.routing` alone: numbers tell how often both sides choose otherwise, and nothing is learned otherwise."""
+    rows = sealed_step(tmp_path / "bank", groups=2, turns=2, routing=SHAPE)
+    plain, weights = learned(settings_of(tmp_path, "off"), rows)
+    for replay in ("off", "policy"):
+        told, same = learned(settings_of(tmp_path, replay, sampling={"routing": True}), rows)
+        assert told.metrics["replay/missing"] == 0.5
+        assert told.metrics["replay/rollout_differs"] == pytest.approx(1 - 1 / 28, abs=0.04)
+        assert told.metrics["replay/rollout_choices_differ"] == pytest.approx(3 / 4, abs=0.06)
+        assert told.metrics.get("replay/differs", 0) == 0 and ("replay/bytes" in told.metrics) == (replay == "policy")
+        assert plain.updates[0].metrics.items() <= told.updates[0].metrics.items()
+        assert all(torch.equal(same[name], values) for name, values in weights.items())
+
+
 def test_a_bank_without_routing_is_refused_before_the_work(tmp_path: Path) -> None:
     rows = sealed_step(tmp_path / "bank")
     sealed_step(tmp_path / "routed", routing=SHAPE)

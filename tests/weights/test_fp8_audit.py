@@ -29,14 +29,15 @@ def precision(**values: Any) -> PrecisionSettings:
 
 
 def audited(weight_map: WeightMap, trainer: PrecisionSettings, quantization: dict[str, Any] | None) -> LayerAudit:
-    return audit_layers(weight_map, trainer, served_layers(weight_map, quantization))
+    """With an FP8 export."""
+    return audit_layers(weight_map, trainer, served_layers(weight_map, quantization), exports=True, any_scale=False)
 
 
 @pytest.mark.parametrize("skip", [(0, 0), (1, 0), (1, 2)])
 def test_our_own_export_is_what_the_trainer_rounds(skip: tuple[int, int], weight_map: WeightMap) -> None:
     trainer = precision(fp8_skip_first_layers=skip[0], fp8_skip_last_layers=skip[1])
     audit = audited(weight_map, trainer, quantization_config(weight_map, fp8_tensors(weight_map, *skip)))
-    assert audit.problems == () and audit.one_sided is None
+    assert audit.problems == () and audit.remarks == ()
     audit.require()
     (trainer_side, server_side, export_side) = audit.summary().values()
     assert trainer_side == server_side == export_side
@@ -107,17 +108,57 @@ def test_one_side_alone_is_said_and_no_error(weight_map: WeightMap) -> None:
     quantization = quantization_config(weight_map, fp8_tensors(weight_map))
     rollouts = audited(weight_map, PrecisionSettings(), quantization)
     training = audited(weight_map, precision(), None)
-    assert rollouts.one_sided == "the servers compute in FP8 and the trainer does not" and not rollouts.problems
-    assert training.one_sided == "the trainer computes in FP8 and the servers do not" and not training.problems
-    assert audited(weight_map, PrecisionSettings(), None).one_sided is None
+    assert rollouts.remarks == ("the servers compute in FP8 and the trainer does not",) and not rollouts.problems
+    assert training.remarks == ("the trainer computes in FP8 and the servers do not",) and not training.problems
+    neither = audited(weight_map, PrecisionSettings(), None)
+    assert neither.remarks == neither.problems == ()
+
+
+def test_an_export_is_held_to_the_trainer_where_there_is_one(weight_map: WeightMap) -> None:
+    """Whatever servers do; and where nothing is exported in FP8, what an export would be is no error."""
+    trainer = precision(fp8_recipe="mxfp8")
+    for served in ({}, trained_layers(weight_map, trainer)):
+        assert audit_layers(weight_map, trainer, served).problems == ()
+        (problem,) = audit_layers(weight_map, trainer, served, exports=True).problems
+        assert "FP8 in both the trainer and our FP8 export, by other scales" in problem
+
+
+def test_scales_that_are_powers_of_two_are_told(weight_map: WeightMap) -> None:
+    """Transformer Engine's, unless it was told otherwise; the simulation's are as servers have them."""
+    served = served_layers(weight_map, quantization_config(weight_map, fp8_tensors(weight_map)))
+    engine = precision(fp8="transformer_engine")
+    (remark,) = audit_layers(weight_map, engine, served, any_scale=False).remarks
+    assert "powers of two" in remark and "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in remark
+    for trainer, any_scale in (
+        (engine, True),
+        (precision(), False),
+        (precision(fp8="transformer_engine", fp8_recipe="mxfp8"), False),
+    ):
+        assert audit_layers(weight_map, trainer, served, any_scale=any_scale).remarks == ()
+    assert audit_layers(weight_map, engine, {}, any_scale=False).remarks == (
+        "the trainer computes in FP8 and the servers do not",
+    )
 
 
 def test_what_is_not_known_is_refused(weight_map: WeightMap) -> None:
     with pytest.raises(SettingsError, match="of method 'awq'"):
         served_layers(weight_map, {"quant_method": "awq"})
+    with pytest.raises(SettingsError, match="--quantization is 'w8a8_int8'"):
+        served_layers(weight_map, None, "w8a8_int8")
+
+
+def test_what_servers_do_without_blocks(weight_map: WeightMap) -> None:
+    """A scale a token, of their own weights a scale a row, of experts one a tensor: no recipe of the trainer is that."""
+    tensorwise = trained_layers(weight_map, precision(fp8_recipe="tensorwise"))
     online = served_layers(weight_map, None, "fp8")
-    assert online.keys() == trained_layers(weight_map, precision()).keys()
-    assert differences("a", online, "b", online) == []
+    assert online.keys() == tensorwise.keys() and differences("a", online, "b", online) == []
+    stored = served_layers(weight_map, blocks(weight_block_size=None)(weight_map))
+    for served, dense in (
+        (online, "weights one scale a row, activations"),
+        (stored, "weights one scale a tensor, activations"),
+    ):
+        (problem,) = differences("the trainer", tensorwise, "the servers", served)
+        assert f"here, {dense} one scale a row there" in problem and "experts" not in problem
 
 
 def test_narrow_layers_that_servers_cannot_round_are_named(tmp_path: Path) -> None:

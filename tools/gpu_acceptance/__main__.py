@@ -15,6 +15,7 @@ Ends with an error when a part failed or a promise was broken. See docs/gpu.md.
 """
 
 import argparse
+import math
 import signal
 import sys
 import time
@@ -74,8 +75,12 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> None:
     parts = todo(chosen(options.only), folder, options.again)
     for number, part in enumerate(parts, 1):
         left = None if end is None else end - time.monotonic()
-        if left is not None and left < max(LEAST, 0 if options.smoke else part.seconds):
-            console.print(f"{part.name}: not begun, {left:.0f} s are left. Start again to go on.")
+        least = max(LEAST, 0 if options.smoke else part.seconds)
+        if left is not None and left < least:
+            again = (
+                "Start again to go on." if 60 * options.minutes > least else f"Give it --minutes {math.ceil(least / 60) + 1}."
+            )
+            console.print(f"{part.name}: not begun, {left:.0f} s are left of some {least:.0f} that it takes. {again}")
             continue
         console.print(f"[{number} of {len(parts)}] {part.name}: {part.about}", markup=False)
         outcome = run_part(part, folder, options.smoke, left)

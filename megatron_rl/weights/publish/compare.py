@@ -23,7 +23,8 @@ from megatron_rl.weights.publish.transports import Broadcast, ByValue
 
 LARGE = 2 * 2**30  # bytes of weights that are too many to go by value
 MOST_PARTS = 512  # sendings, each with a look at the scores: beyond them tensors are sent together
-ABOVE_NOISE = 4.0  # times the difference of two looks at the same weights
+LOOKS = 3  # at the same weights, whose differences are noise
+ABOVE_NOISE = 4.0  # times the largest of those
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
@@ -69,8 +70,8 @@ async def compare(
     crew = Crew(weights, publisher.wire, publisher.ranks, lambda done, total: None)
     facts = await server.server_info()
     delivery = Delivery(server, facts.tensor_parallel, publisher.pause, publisher.seconds)
-    before = await server_scores(server, sequences)
-    noise = difference(before, await server_scores(server, sequences))
+    before, *others = [await server_scores(server, sequences) for _ in range(LOOKS)]
+    noise = max(difference(before, other) for other in others)
     found: list[Part] = []
     todo = parts(weights.weight_map, most)
     try:
