@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from megatron_rl.config.load import load_settings
+from megatron_rl.fidelity.tokens import Compared
 from megatron_rl.objectives.base import Divisors, TokenBatch
 from megatron_rl.objectives.catalogue import KINDS
 from megatron_rl.policy.routing_watch import RoutingWatch
 from megatron_rl.train import objective
 from megatron_rl.types import Pack, Prompt
 from megatron_rl.types import Sequence as TokenSequence
-from tools import gspo_page, objective_docs, study_gspo, study_objectives
+from tools import fp8_page, gspo_page, objective_docs, study_fp8, study_gspo, study_objectives
 from tools.toy_runs import QUICKSTART, DigitsAgain, Results, chosen, not_finite, series
 
 EVERY_PART = [f"{kind} {name}" for kind, table in KINDS.items() for name in table]
@@ -112,6 +113,44 @@ def test_movement_is_of_tokens_that_count_and_padding_is_passed_over() -> None:
     assert found["tokens_changed"] == pytest.approx(1 / 3)
     assert found["moved_changed"] == pytest.approx(0.5)
     assert found["moved_same"] == pytest.approx((0.25 + 0.1) / 2)
+
+
+# -- FP8 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_study_of_fp8_is_whole_and_its_page_up_to_date() -> None:
+    study = json.loads(fp8_page.RESULTS.read_text(encoding="utf-8"))
+    assert study["conditions"] == study_fp8.CONDITIONS
+    assert list(study["runs"]) == study_fp8.plan(), "run python -m tools.study_fp8"
+    for name, run in study["runs"].items():
+        if name.startswith("server "):
+            assert run.keys() == study_fp8.PRECISIONS.keys(), name
+        else:
+            assert run["settings"] == study_fp8.own_settings(name), f"{name} has other settings now: run it again"
+            assert len(run["reward/mean"]) == study_fp8.STEPS and min(run["mismatch_k3"]) > 0, name
+    assert fp8_page.PAGE.read_text(encoding="utf-8") == fp8_page.text(), "run python -m tools.study_fp8 --page"
+
+
+@pytest.mark.parametrize("name", study_fp8.plan()[len(study_fp8.SERVERS) :])
+def test_a_run_of_the_study_of_fp8_can_be_had(name: str) -> None:
+    goal, form, routing, seed = study_fp8.parts_of(name)
+    assert name == f"{goal} {form} {routing} seed {seed}"
+    settings = load_settings(QUICKSTART, [*study_fp8.COMMON, *study_fp8.own_settings(name)])
+    assert (settings.objective.surrogate, settings.run.seed) == (goal, seed)
+    assert (settings.precision.fp8 == "simulated") == (form in ("FP8 both", "FP8 trainer"))
+
+
+def test_noise_is_of_sequences_and_of_tokens() -> None:
+    generator = np.random.default_rng(0)
+    differences = generator.normal(0, 3e-3, (study_fp8.PROMPTS, study_fp8.TOKENS))
+    differences[3, 5], differences[4, 6], differences[5, 7] = 0.3, -0.3, 0.19  # ratios 1.35, 0.74 and 1.21
+    found = study_fp8.noise(Compared(differences.ravel(), np.zeros(differences.size), np.zeros(differences.size, np.int64)))
+    ratios = [math.exp(sum(row) / len(row)) for row in differences.tolist()]
+    beyond = [ratio for ratio in ratios if not 1 - 3e-4 <= ratio <= 1 + 4e-4]
+    assert 0 < len(beyond) < len(ratios)
+    assert found["gspo_beyond"] == pytest.approx(len(beyond) / len(ratios), rel=1e-3)
+    assert found["gspo_spread"] == pytest.approx(sum(abs(ratio - 1) for ratio in ratios) / len(ratios), rel=1e-3)
+    assert found["grpo_beyond"] == pytest.approx(2 / differences.size, rel=1e-3)
 
 
 # -- results ---------------------------------------------------------------------------------------------------------------
