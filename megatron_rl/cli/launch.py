@@ -22,6 +22,7 @@ from megatron_rl.launch.job import Job, sweep_of
 from megatron_rl.launch.kubernetes import manifest
 from megatron_rl.launch.slurm import SCRIPT, batch_script
 from megatron_rl.launch.torchrun import machine_script
+from megatron_rl.plan.job import is_supervised
 from megatron_rl.rollout.bank.files import private_folder
 
 HERE = Path(__file__).parents[2]  # the checkout that this program runs from
@@ -114,6 +115,11 @@ def _require_sense(way: Way, sweep: Path | None, submit: bool) -> None:
 def _require_launchable(settings: Settings, way: Way, part: Part) -> list[str]:
     """All that a dry run asks of settings, model and layout, and what launching asks besides; told at once. Returns what is
     allowed and unwise."""
+    if is_supervised(settings):
+        raise SettingsError(
+            "these settings are of supervised fine-tuning (supervised without rewards), and what is launched is `megatron-rl "
+            "train`. Start `megatron-rl sft` with them by srun or torchrun; docs/sft.md says how."
+        )
     problems = list(launch_problems(settings, way, part))
     if problems:
         raise SettingsError("\n".join(problems))

@@ -58,6 +58,7 @@ def test_several_settings_files_are_passed_on_as_given(tmp_path: Path) -> None:
         (["--kubernetes", "--sweep", "x"], "--sweep makes a job array of SLURM's"),
         (["--slurm", "--submit"], "sbatch is not on this machine's PATH"),
         (["--slurm", "--sweep", "nowhere"], "--sweep nowhere: it cannot be read"),
+        (["--torchrun", "supervised.batch=8", "rewards=[]"], "Start `megatron-rl sft` with them by srun or torchrun"),
         (["--slurm", "layout.expert=3"], "layout.expert = 3"),  # what a dry run finds
         (["--slurm", "rewards=[{name: numerik}]"], "rewards[0].name = numerik"),
         (["--slurm", "layout.world_size=6"], "these machines take 8 ranks"),
