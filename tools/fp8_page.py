@@ -156,7 +156,7 @@ def _draw_learning(runs: Runs, left: Any, right: Any) -> None:
             left.plot(kl, dashes, color=COLOURS[form], label=label, linewidth=1.6)
             rewards = curves(runs, "gspo", form, routing, "reward/mean")
             right.plot(rewards.mean(0), dashes, color=COLOURS[form], label=label, linewidth=1.6)
-    left.set(title="KL of the rollout (dashed: R3)", xlabel="step", yscale="log")
+    left.set(title="KL of the rollout (dashed: R3)", xlabel="step", yscale="log", ylim=(5e-6, 0.5))
     right.set(title="mean reward (dashed: R3)", xlabel="step", ylim=(0, 1))
 
 
@@ -203,8 +203,8 @@ two fifths: the rounding itself makes the larger part. GSPO's band is so narrow 
 model lies beyond it in all formats but float32: `old` is to be recomputed there, as it is by default.""",
     "about_learning": """\
 **The mismatch shows.** With FP8 on any side the rollout's KL is six to fifteen times that of bfloat16. R3 leaves a tenth of it
-in bfloat16, and half to three quarters in FP8; R2, which repeats the trainer's own choices, leaves it as it is. With either,
-GRPO clips less in all formats but one.
+in bfloat16, where it takes the jumps of single steps, and half to three quarters in FP8; R2, which repeats the trainer's own
+choices, leaves it as it is. With either, GRPO clips less in all formats but one.
 
 **Learning does not show it.** Rewards of all twelve arms lie within what two seeds of one arm differ by, and so do GSPO's
 clipped shares. A model of 2 layers with responses of five tokens does not collapse at a KL of 3e-3 in 20 steps. That says
