@@ -6,7 +6,7 @@ people who looked at the numbers that are committed: after new runs, read it aga
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.marked_pages import with_part
+from tools.pictures import draw_two
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, FOLDER = DOCS / "fidelity.md", DOCS / "fidelity"
@@ -111,26 +112,8 @@ def spread(values: NDArray[np.float64]) -> str:
 
 
 def draw(folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: Any = {
-        "svg.hashsalt": "fp8",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     for name, fill in {"noise": _draw_noise, "learning": _draw_learning}.items():
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-            fill(read()["runs"], *axes)
-            for each in axes:
-                each.legend(frameon=False, fontsize=8)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            pyplot.close(figure)
+        draw_two(folder / f"{name}.svg", partial(fill, read()["runs"]), (9.6, 3.8))
 
 
 def _draw_noise(runs: Runs, left: Any, right: Any) -> None:

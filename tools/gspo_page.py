@@ -6,12 +6,14 @@ looked at the numbers that are committed: after new runs, read it again.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tools.pictures import draw_two
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, FOLDER = DOCS / "study_gspo.md", DOCS / "study_gspo"
@@ -132,28 +134,8 @@ def reward_rows(runs: Runs) -> str:
 
 def draw(folder: Path) -> None:
     """Three pictures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: Any = {
-        "svg.hashsalt": "gspo",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    runs = read()["runs"]
     for name, fill in {"clipped": _draw_clipped, "routing": _draw_routing, "reward": _draw_reward}.items():
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
-            fill(runs, *axes)
-            for each in axes:
-                each.legend(frameon=False, fontsize=8)
-                each.margins(y=0.08)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            pyplot.close(figure)
+        draw_two(folder / f"{name}.svg", partial(fill, read()["runs"]), (8.6, 3.4))
 
 
 def _draw_clipped(runs: Runs, left: Any, right: Any) -> None:

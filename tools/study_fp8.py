@@ -111,10 +111,10 @@ def plan() -> list[str]:
 
 def noise_of(name: str, folder: Path) -> dict[str, Any]:
     """For each precision of the policy, how its log-probs compare with those of a server in this format."""
-    dtype, in_fp8 = SERVERS[name]
+    dtype, narrow = SERVERS[name]
     shutil.rmtree(folder, ignore_errors=True)
     model = write_served_checkpoint(folder / "model", "qwen3_moe", **SHAPE)
-    served = through_fp8(model, folder / "fp8") if in_fp8 else model
+    served = through_fp8(model, folder / "fp8") if narrow else model
     settings = settings_of(model, [f"sglang.dtype={dtype}", "precision.dtype=float32", f"servers.model={served}"], [])
     prompts, _ = prompts_of(settings, (), PROMPTS)
     with bench(settings, Draws(prompts, TOKENS, 1.0), lambda done, total: None) as hands:
